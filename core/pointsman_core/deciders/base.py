@@ -1,0 +1,25 @@
+"""What a decider is."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from pointsman_core.observation import Observation
+from pointsman_core.state import BoolArray, FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """A decider's opinion of all candidates."""
+
+    values: FloatArray
+    """(E,) higher is better; ineligible candidates may have any value."""
+    in_time: BoolArray | None = None
+    """(E,) whether the limits would be kept; None: the decider does not look at them."""
+
+
+class Decider(Protocol):
+    """Scores candidates. May keep state of its own between calls (RoundRobin does)."""
+
+    def score(self, seen: Observation) -> Scores:
+        """Score all E candidates."""
+        ...

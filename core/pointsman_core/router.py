@@ -1,0 +1,158 @@
+"""One policy at work: from a request to a decision."""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+
+from pointsman_core.deciders import Decider, Scores, make_decider
+from pointsman_core.observation import Observation, Request, RoutingTable, observe
+from pointsman_core.resources import Admission, Algorithm
+from pointsman_core.snapshot import Candidate, Snapshot
+from pointsman_core.state import Admitted, BoolArray, FloatArray, IntArray, LiveState
+
+NO_ENDPOINT = "no endpoint is ready"
+OVER_LIMIT = "no endpoint can keep the latency limit"
+
+MAX_RETRY_TARGETS = 2
+"""Endpoints named after the chosen one, for retries on connection failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The endpoint chosen for one request, or why there is none."""
+
+    snapshot: Snapshot
+    algorithm: Algorithm
+    """The one that decided: the policy's, or its fallback."""
+    chosen: Candidate | None
+    retry_on: tuple[Candidate, ...]
+    """Next best, in order, for when the chosen one cannot be reached."""
+    why: str
+    """One line for people: of an endpoint, or of the rejection."""
+    scores: FloatArray
+    """(E,) of the algorithm that decided."""
+    eligible: BoolArray
+    """(E,) candidates that could be chosen at all."""
+    in_time: BoolArray | None
+    """(E,) predicted to keep all limits; None: the algorithm does not look."""
+    quality: FloatArray
+    """(E,) predicted quality."""
+    fallback_reason: str | None = None
+    """Why the policy's own algorithm did not decide; None when it did."""
+    admitted: Admitted | None = None
+    """What the in-flight table is to know of the request."""
+
+
+class Router:
+    """Decides requests of one snapshot on a shared live state."""
+
+    def __init__(self, snapshot: Snapshot, state: LiveState, *, seed: int | None = None) -> None:
+        self.snapshot = snapshot
+        self.table = RoutingTable(snapshot, state)
+        self._state = state
+        self._rng = np.random.default_rng(seed)
+        self._decider = make_decider(snapshot.algorithm, self._rng)
+        self._fallback = make_decider(snapshot.fallback, self._rng)
+
+    def observe(self, request: Request, *, now_s: float) -> Observation:
+        """What the decider would see of the request now."""
+        return observe(self.table, self._state, request, now_s=now_s)
+
+    def decide(self, request: Request, *, now_s: float) -> Decision:
+        """Choose an endpoint. Does not change the in-flight table."""
+        seen = self.observe(request, now_s=now_s)
+        algorithm, scores, failure = self._score(seen)
+        best, order = self._rank(seen, scores)
+        chosen = None if best is None else self.table.candidates[best]
+        why = NO_ENDPOINT if best is None else _explain(algorithm, seen, scores, best)
+        if best is not None and self._rejects(scores, best):
+            chosen, why = None, OVER_LIMIT
+        return Decision(
+            snapshot=self.snapshot,
+            algorithm=algorithm,
+            chosen=chosen,
+            retry_on=self._retry_targets(order) if chosen is not None else (),
+            why=why if failure is None else f"{why} (fallback: {failure})",
+            scores=scores.values,
+            eligible=seen.eligible,
+            in_time=scores.in_time,
+            quality=seen.quality,
+            fallback_reason=failure,
+            admitted=None if chosen is None or best is None else _admitted(request, seen, best),
+        )
+
+    def preview(self, request: Request, *, now_s: float) -> Decision:
+        """What `decide` would answer, without advancing any decider's own state."""
+        twin = copy.copy(self)
+        twin._rng, twin._decider, twin._fallback = copy.deepcopy(  # noqa: SLF001
+            (self._rng, self._decider, self._fallback)
+        )
+        return twin.decide(request, now_s=now_s)
+
+    def _score(self, seen: Observation) -> tuple[Algorithm, Scores, str | None]:
+        """Score by the policy's algorithm, by its fallback when that one fails."""
+        if not seen.eligible.any():  # nothing to decide, and no decider need cope with it
+            return self.snapshot.algorithm, Scores(np.zeros_like(seen.quality)), None
+        try:
+            scores = self._decider.score(seen)
+            _check(scores, seen)
+        # A broken decider must never cost a request: whatever it raises, the fallback decides.
+        except Exception as error:  # noqa: BLE001
+            # One line: it ends up in a response header.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            failure = f"{self.snapshot.algorithm} failed: {reason}"
+            return self.snapshot.fallback, self._fallback.score(seen), failure
+        return self.snapshot.algorithm, scores, None
+
+    def _rank(self, seen: Observation, scores: Scores) -> tuple[int | None, IntArray]:
+        """Best eligible candidate (equals drawn by lot), and all eligible ones in order."""
+        eligible = np.flatnonzero(seen.eligible)
+        if not len(eligible):
+            return None, eligible
+        values = scores.values[eligible]
+        ties = eligible[values == values.max()]
+        best = int(ties[0] if len(ties) == 1 else self._rng.choice(ties))
+        others = eligible[np.argsort(-values, kind="stable")]
+        return best, np.concatenate([[best], others[others != best]])
+
+    def _retry_targets(self, order: IntArray) -> tuple[Candidate, ...]:
+        return tuple(self.table.candidates[i] for i in order[1 : 1 + MAX_RETRY_TARGETS])
+
+    def _rejects(self, scores: Scores, best: int) -> bool:
+        late = scores.in_time is not None and not scores.in_time[best]
+        return late and self.snapshot.admission is Admission.REJECT
+
+    def replace_decider(self, decider: Decider) -> None:
+        """Swap the algorithm's implementation between two requests."""
+        self._decider = decider
+
+
+def _check(scores: Scores, seen: Observation) -> None:
+    if scores.values.shape != seen.quality.shape:
+        raise ValueError(f"{scores.values.shape[0]} scores for {len(seen.quality)} candidates")
+    if scores.in_time is not None and scores.in_time.shape != seen.quality.shape:
+        raise ValueError(f"in_time has the shape {scores.in_time.shape}")
+    if not np.isfinite(scores.values[seen.eligible]).all():
+        raise ValueError("a score is not a finite number")
+
+
+def _admitted(request: Request, seen: Observation, best: int) -> Admitted:
+    return Admitted(
+        arrival_s=request.arrival_s,
+        prompt_tokens=float(request.prompt_tokens),
+        expected_output_tokens=float(seen.output_tokens[best]),
+        limit_s=request.limit_s,
+        quality=float(seen.quality[best]),
+        streams=request.streams,
+    )
+
+
+def _explain(algorithm: Algorithm, seen: Observation, scores: Scores, best: int) -> str:
+    text = (
+        f"{algorithm}: score {scores.values[best]:.3f}, expected quality {seen.quality[best]:.2f},"
+        f" {int(seen.eligible.sum())} of {len(seen.eligible)} endpoints eligible"
+    )
+    if scores.in_time is None:
+        return text
+    return f"{text}, {int((scores.in_time & seen.eligible).sum())} in time"

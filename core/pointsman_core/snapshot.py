@@ -1,0 +1,128 @@
+"""The compiled routing table of one RoutingPolicy.
+
+A snapshot is immutable and carries everything a decision needs, so that the request
+path never looks at custom resources. It is plain data: the operator will publish the
+same JSON that the embedded mode compiles for itself.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pointsman_core.resources import (
+    Admission,
+    Algorithm,
+    DomainRule,
+    Engine,
+    ExpertLimits,
+    LLMExpert,
+    PerformanceProfile,
+    QoS,
+    QualityPriors,
+    RoutingPolicy,
+)
+
+
+class SnapshotModel(BaseModel):
+    """Base of the snapshot's parts: immutable plain data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Candidate(SnapshotModel):
+    """One endpoint of one expert."""
+
+    expert: str
+    address: str
+    """``ip:port`` as Envoy spells it."""
+    model: str
+    aliases: tuple[str, ...] = ()
+    engine: Engine
+    limits: ExpertLimits
+    profile: PerformanceProfile
+    quality: QualityPriors
+    expected_output_tokens: int
+
+    @property
+    def served_models(self) -> tuple[str, ...]:
+        """All names the endpoint answers to, the preferred one first."""
+        return (self.model, *self.aliases)
+
+
+class Snapshot(SnapshotModel):
+    """The routing table of one policy; order of candidates is fixed by their names."""
+
+    namespace: str
+    policy: str
+    generation: int
+    models: tuple[str, ...]
+    qos: QoS
+    algorithm: Algorithm
+    fallback: Algorithm
+    admission: Admission
+    domains: tuple[DomainRule, ...]
+    explain_headers: bool
+    candidates: tuple[Candidate, ...]
+    version: Annotated[str, Field(min_length=16, max_length=16)] = "0" * 16
+    """First 16 hex digits of the content's SHA-256: equal content, equal version."""
+
+
+def compile_snapshot(
+    policy: RoutingPolicy,
+    experts: Iterable[LLMExpert],
+    endpoints: Mapping[str, tuple[str, ...]],
+) -> Snapshot:
+    """Join a policy with the experts it selects and their ready endpoints.
+
+    ``endpoints`` maps an expert's name to its ``ip:port`` addresses; experts of other
+    namespaces are left out, as are those that the selector does not match.
+    """
+    chosen = sorted(
+        (expert for expert in experts if selects(policy, expert)),
+        key=lambda expert: expert.metadata.name,
+    )
+    spec = policy.spec
+    draft = Snapshot(
+        namespace=policy.metadata.namespace,
+        policy=policy.metadata.name,
+        generation=policy.metadata.generation,
+        models=tuple(spec.models),
+        qos=spec.qos,
+        algorithm=spec.algorithm,
+        fallback=spec.fallback,
+        admission=spec.admission,
+        domains=tuple(spec.domains),
+        explain_headers=spec.explain_headers,
+        candidates=tuple(
+            _candidate(expert, address)
+            for expert in chosen
+            for address in sorted(endpoints.get(expert.metadata.name, ()))
+        ),
+    )
+    digest = hashlib.sha256(draft.model_dump_json().encode()).hexdigest()
+    return draft.model_copy(update={"version": digest[:16]})
+
+
+def selects(policy: RoutingPolicy, expert: LLMExpert) -> bool:
+    """Whether the policy's selector matches the expert (same namespace, all labels)."""
+    wanted = policy.spec.selector.match_labels.items()
+    labels = expert.metadata.labels
+    same_namespace = policy.metadata.namespace == expert.metadata.namespace
+    return same_namespace and all(labels.get(key) == value for key, value in wanted)
+
+
+def _candidate(expert: LLMExpert, address: str) -> Candidate:
+    spec = expert.spec
+    return Candidate(
+        expert=expert.metadata.name,
+        address=address,
+        model=spec.model,
+        aliases=tuple(spec.aliases),
+        engine=spec.engine,
+        limits=spec.limits,
+        profile=spec.profile,
+        quality=spec.quality,
+        expected_output_tokens=spec.expected_output_tokens,
+    )

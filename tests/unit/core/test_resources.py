@@ -1,0 +1,141 @@
+"""The models alone: what they accept, and that each rule refuses what it is there for."""
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from pointsman_core.resources import (
+    Algorithm,
+    Backend,
+    Condition,
+    EndpointCount,
+    LabelSelector,
+    LLMExpert,
+    LLMExpertSpec,
+    QoS,
+    RoutingPolicySpec,
+)
+
+BACKEND = {"addresses": ["127.0.0.1:8000"]}
+
+
+def messages(model: type[BaseModel], value: object) -> list[str]:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(value)
+    return [error["msg"] for error in caught.value.errors()]
+
+
+def test_a_minimal_expert_gets_all_defaults():
+    expert = LLMExpert.model_validate(
+        {"metadata": {"name": "qwen2.5-7b"}, "spec": {"model": "qwen", "backend": BACKEND}}
+    )
+    assert expert.metadata.namespace == "default"
+    assert expert.spec.engine.metrics.path == "/metrics"
+    assert expert.status is None
+
+
+def test_a_policy_needs_no_more_than_a_model_name():
+    spec = RoutingPolicySpec(models=["auto"])
+    assert spec.algorithm is Algorithm.LATENCY_QUALITY_GREEDY
+    assert spec.fallback is Algorithm.LEAST_LOAD
+
+
+def test_algorithm_and_fallback_may_be_equal():
+    spec = RoutingPolicySpec(models=["auto"], algorithm=Algorithm.LEAST_LOAD)
+    assert spec.algorithm == spec.fallback
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [{}, {"addresses": ["127.0.0.1:1"], "service": {"name": "a", "port": 1}}],
+    ids=["none", "two"],
+)
+def test_exactly_one_backend(backend):
+    assert messages(Backend, backend) == [
+        "write exactly one of service, podSelector, inferencePool and addresses"
+    ]
+
+
+def test_backend_names_what_is_given_as_yaml_spells_it():
+    backend = Backend.model_validate({"podSelector": {"matchLabels": {"a": "b"}, "port": 80}})
+    assert backend.given == ("podSelector",)
+
+
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0:1", "255.255.255.255:65535", "[::1]:80", "[fe80::1:2]:8000"]
+)
+def test_addresses_accepted(address):
+    assert Backend(addresses=[address]).addresses == [address]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "localhost:80",
+        "127.0.0.1",
+        "127.0.0.1:0",
+        "127.0.0.1:65536",
+        "127.0.0.1:080",
+        "256.0.0.1:80",
+        "01.2.3.4:80",
+        "127.0.0.1:80\n",
+        "\N{ARABIC-INDIC DIGIT ONE}.0.0.1:80",
+        "::1:80",
+        "[]:80",
+        "[::::]:80",
+        "[::ffff:1.2.3.4]:80",
+    ],
+)
+def test_addresses_refused(address):
+    messages(Backend, {"addresses": [address]})
+
+
+def test_lists_refuse_repeats():
+    repeated = {"model": "a", "aliases": ["b", "b"], "backend": BACKEND}
+    assert messages(LLMExpertSpec, repeated) == ["must not repeat b"]
+    domains = [{"name": "code", "keywords": ["x"]}, {"name": "code", "keywords": ["y"]}]
+    assert messages(RoutingPolicySpec, {"models": ["a"], "domains": domains}) == [
+        "must not repeat code"
+    ]
+
+
+def test_aliases_must_not_repeat_the_model():
+    (message,) = messages(LLMExpertSpec, {"model": "a", "aliases": ["a"], "backend": BACKEND})
+    assert message.startswith("aliases must not repeat model")
+
+
+def test_one_full_context_must_fit_into_the_kv_cache():
+    profile = {"kvCacheGiB": 1, "kvBytesPerToken": 2**20}
+    spec = {"model": "a", "backend": BACKEND, "profile": profile}
+    LLMExpertSpec.model_validate(spec | {"limits": {"contextTokens": 1024}})
+    (message,) = messages(LLMExpertSpec, spec | {"limits": {"contextTokens": 1025}})
+    assert message.startswith("the KV cache cannot hold")
+
+
+def test_first_token_limit_is_not_below_the_limit_per_token():
+    QoS(latency_per_token_ms=50, time_to_first_token_ms=50)
+    (message,) = messages(QoS, {"latencyPerTokenMs": 50, "timeToFirstTokenMs": 0.5})
+    assert "milliseconds" in message
+
+
+def test_label_keys_have_a_bound():
+    LabelSelector(match_labels={"k" * 317: "v"})
+    messages(LabelSelector, {"matchLabels": {"k" * 318: "v"}})
+
+
+def test_status_counts_no_more_ready_endpoints_than_there_are():
+    assert messages(EndpointCount, {"ready": 2, "total": 1}) == ["ready must not exceed total"]
+
+
+def test_conditions_know_their_time_zone():
+    condition = {"type": "Ready", "status": "True", "reason": "Ok", "message": ""}
+    Condition.model_validate(condition | {"lastTransitionTime": "2026-01-01T00:00:00Z"})
+    messages(Condition, condition | {"lastTransitionTime": "2026-01-01T00:00:00"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_are_finite(value):
+    messages(QoS, {"latencyPerTokenMs": value})
+
+
+def test_unknown_fields_are_refused():
+    messages(QoS, {"latencyPerTokenMS": 1})

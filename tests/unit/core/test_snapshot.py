@@ -1,0 +1,83 @@
+"""Snapshots: what they select, and that equal content means an equal version."""
+
+import pytest
+from pydantic import ValidationError
+
+from pointsman_core.resources import LLMExpert, RoutingPolicy
+from pointsman_core.snapshot import Snapshot, compile_snapshot, selects
+
+ENDPOINTS = {"a": ("10.0.0.2:1", "10.0.0.1:1"), "b": ("10.0.0.3:1",)}
+
+
+def expert(name, *, namespace="default", labels=None, **spec):
+    return LLMExpert.model_validate(
+        {
+            "metadata": {"name": name, "namespace": namespace, "labels": labels or {}},
+            "spec": {"model": name, "backend": {"addresses": ["127.0.0.1:1"]}} | spec,
+        }
+    )
+
+
+def policy(**spec):
+    return RoutingPolicy.model_validate(
+        {"metadata": {"name": "auto", "generation": 7}, "spec": {"models": ["auto"]} | spec}
+    )
+
+
+def test_candidates_are_ordered_whatever_order_they_come_in():
+    forward = compile_snapshot(policy(), [expert("a"), expert("b")], ENDPOINTS)
+    backward = compile_snapshot(
+        policy(), [expert("b"), expert("a")], dict(reversed(ENDPOINTS.items()))
+    )
+    assert [(c.expert, c.address) for c in forward.candidates] == [
+        ("a", "10.0.0.1:1"),
+        ("a", "10.0.0.2:1"),
+        ("b", "10.0.0.3:1"),
+    ]
+    assert forward == backward
+    assert forward.generation == 7
+
+
+def test_the_version_follows_the_content():
+    before = compile_snapshot(policy(), [expert("a")], ENDPOINTS)
+    again = compile_snapshot(policy(), [expert("a")], ENDPOINTS)
+    assert before.version == again.version != "0" * 16
+    changed = [
+        compile_snapshot(policy(explainHeaders=True), [expert("a")], ENDPOINTS),
+        compile_snapshot(policy(), [expert("a", expectedOutputTokens=1)], ENDPOINTS),
+        compile_snapshot(policy(), [expert("a")], {"a": ("10.0.0.1:1",)}),
+    ]
+    assert len({before.version, *(snapshot.version for snapshot in changed)}) == 4
+
+
+def test_an_expert_without_endpoints_gives_no_candidate():
+    assert compile_snapshot(policy(), [expert("a"), expert("c")], {"a": ()}).candidates == ()
+
+
+@pytest.mark.parametrize(
+    ("labels", "namespace", "wanted", "chosen"),
+    [
+        ({}, "default", {}, True),
+        ({"site": "x"}, "default", {}, True),
+        ({"site": "x", "gpu": "y"}, "default", {"site": "x"}, True),
+        ({"site": "x"}, "default", {"site": "x", "gpu": "y"}, False),
+        ({"site": "other"}, "default", {"site": "x"}, False),
+        ({"site": "x"}, "elsewhere", {"site": "x"}, False),
+    ],
+)
+def test_selection(labels, namespace, wanted, chosen):
+    one = expert("a", namespace=namespace, labels=labels)
+    assert selects(policy(selector={"matchLabels": wanted}), one) is chosen
+
+
+def test_a_snapshot_survives_json():
+    spec = {"aliases": ["x"], "profile": {"kvCacheGiB": 5, "memoryBandwidthGBps": 1}}
+    snapshot = compile_snapshot(policy(), [expert("a", **spec)], ENDPOINTS)
+    assert Snapshot.model_validate_json(snapshot.model_dump_json()) == snapshot
+    assert snapshot.candidates[0].served_models == ("a", "x")
+
+
+def test_a_snapshot_cannot_be_changed():
+    snapshot = compile_snapshot(policy(), [expert("a")], ENDPOINTS)
+    with pytest.raises(ValidationError):
+        snapshot.policy = "other"
