@@ -1,0 +1,1 @@
+"""The gRPC policy server around pointsman_core."""

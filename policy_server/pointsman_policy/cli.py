@@ -1,0 +1,96 @@
+"""The ``pointsman policy-server`` and ``pointsman envoy`` commands."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def policy_server(
+    manifests: Annotated[
+        list[Path],
+        typer.Option(help="File or folder with LLMExpert and RoutingPolicy manifests; repeatable."),
+    ],
+    grpc_address: Annotated[
+        str, typer.Option(help="ip:port or unix:///path for ext_proc, EDS and pointsman.v1.")
+    ] = "127.0.0.1:9002",
+    http_address: Annotated[
+        str, typer.Option(help="ip:port for /metrics, /healthz and /readyz.")
+    ] = "127.0.0.1:9090",
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that SIGTERM waits for requests under way.", min=0)
+    ] = 30.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[str, typer.Option(help="json or console.")] = "json",
+    seed: Annotated[int | None, typer.Option(help="Seed of random choices.")] = None,
+) -> None:
+    """Serve routing decisions to Envoy."""
+    from pointsman_core.manifests import ManifestErrors
+    from pointsman_policy.logs import configure_logs
+    from pointsman_policy.server import run
+    from pointsman_policy.settings import ServerSettings
+
+    try:
+        configure_logs(level=log_level, style=log_format)
+        run(
+            ServerSettings(
+                manifests=tuple(manifests),
+                grpc_address=grpc_address,
+                http_address=http_address,
+                drain_timeout_s=drain_timeout,
+                seed=seed,
+            )
+        )
+    except (ManifestErrors, OSError, ValueError) as error:
+        print(error, file=sys.stderr)  # noqa: T201 - for a person at a terminal
+        raise typer.Exit(1) from None
+
+
+def envoy(
+    listen: Annotated[str, typer.Option(help="ip:port for clients.")] = "127.0.0.1:8080",
+    admin: Annotated[
+        str, typer.Option(help="ip:port of Envoy's admin interface; keep it on loopback.")
+    ] = "127.0.0.1:9901",
+    policy_server: Annotated[
+        str, typer.Option(help="ip:port or unix:///path of the policy server; several by commas.")
+    ] = "127.0.0.1:9002",
+    fail_closed: Annotated[
+        bool, typer.Option("--fail-closed", help="Without the policy server answer 503.")
+    ] = False,
+    concurrency: Annotated[int, typer.Option(help="Worker threads.", min=1)] = 1,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the bootstrap and do not start Envoy.")
+    ] = False,
+) -> None:
+    """Run Envoy in front of the policy server; its access log goes to standard output."""
+    import os
+    import tempfile
+    from pathlib import Path
+
+    from pointsman_policy.envoy import EnvoySettings, envoy_binary, render_bootstrap
+    from pointsman_policy.envoy._settings import SocketAddress
+
+    try:
+        clients, admins = SocketAddress.parse(listen), SocketAddress.parse(admin)
+        settings = EnvoySettings(
+            listen_address=clients.host,
+            listen_port=clients.port,
+            admin_address=admins.host,
+            admin_port=admins.port,
+            policy_server_address=policy_server,
+            fail_open=not fail_closed,
+        )
+        binary = envoy_binary()
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)  # noqa: T201 - for a person at a terminal
+        raise typer.Exit(1) from None
+    bootstrap = render_bootstrap(settings)
+    if print_config:
+        print(bootstrap)  # noqa: T201 - the command's output
+        return
+    file = Path(tempfile.mkdtemp(prefix="pointsman-envoy-")) / "bootstrap.yaml"
+    file.write_text(bootstrap, encoding="utf-8")
+    arguments = ["--config-path", str(file), "--concurrency", str(concurrency)]
+    # Becomes Envoy, so that signals and the exit status are Envoy's own.
+    os.execv(binary, [str(binary), *arguments, "--disable-hot-restart"])  # noqa: S606

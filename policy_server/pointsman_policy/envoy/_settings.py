@@ -1,0 +1,129 @@
+"""Settings of the data plane's Envoy."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+_HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[0-9.]+):(?P<port>[0-9]{1,5})")
+
+
+class SocketAddress(BaseModel):
+    """Where Envoy listens or connects: either `host` and `port`, or `pipe`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    host: str = ""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    pipe: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "SocketAddress":
+        """Read `ip:port`, `[ipv6]:port` or `unix:///path`.
+
+        Raises ValueError for anything else: Envoy's static clusters take no host names.
+        """
+        if text.startswith("unix:"):
+            path = text.removeprefix("unix:").removeprefix("//")
+            if not path.startswith("/"):
+                raise ValueError(f"{text!r}: a unix address needs an absolute path")
+            return cls(pipe=path)
+        if not (found := _HOST_AND_PORT.fullmatch(text)):
+            raise ValueError(f"{text!r} is neither ip:port nor unix:///path")
+        return cls(host=found["host"].strip("[]"), port=int(found["port"]))
+
+
+def _parsable(text: str) -> str:
+    for address in text.split(","):
+        SocketAddress.parse(address.strip())
+    return text
+
+
+Milliseconds = Annotated[int, Field(ge=1, le=600_000)]
+Seconds = Annotated[int, Field(ge=1, le=86_400)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+UrlPath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._~/-]*$")]
+
+
+class EnvoySettings(BaseModel):
+    """What an operator may choose; everything else is fixed in the template."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    listen_address: str = "127.0.0.1"
+    """IP address on which clients are served."""
+
+    listen_port: Port = 8080
+    """Port for clients; 0 takes any free one (`RunningEnvoy.url` tells which)."""
+
+    admin_address: str = "127.0.0.1"
+    """IP address of the admin interface. It can stop Envoy: keep it on loopback, or behind a
+    network policy where Prometheus reads `/stats/prometheus`."""
+
+    admin_port: Port = 9901
+    """Port of the admin interface; 0 takes any free one."""
+
+    policy_server_address: Annotated[str, AfterValidator(_parsable)] = "127.0.0.1:9002"
+    """`ip:port` or `unix:///path` of the policy server; several, one per process, by commas."""
+
+    node_id: Annotated[str, Field(min_length=1, max_length=253)] = "pointsman"
+    """Name under which this Envoy asks for endpoints."""
+
+    health_service: str = ""
+    """Service name asked in the policy server's gRPC health check; empty asks for the server."""
+
+    inference_paths: Annotated[tuple[UrlPath, ...], Field(min_length=1)] = (
+        "/v1/chat/completions",
+        "/v1/completions",
+    )
+    """Paths that are decided and forwarded, by POST only. `/v1/models` is the policy server's;
+    any other path gets 404."""
+
+    request_body_limit_bytes: Annotated[int, Field(ge=1024, le=1 << 28)] = 4 << 20
+    """Longest request body, also after the model was rewritten; a longer one gets 413. The policy
+    server's gRPC limit for incoming messages must be 64 KiB above this."""
+
+    message_timeout_ms: Milliseconds = 300
+    """Longest wait for one answer of the policy server before the request goes on without it."""
+
+    fail_open: bool = True
+    """Without the policy server: true sends requests to the least loaded endpoint, false answers
+    503."""
+
+    observe_close_delay_ms: Milliseconds = 300
+    """After a request ended early (client gone, engine dead) its `observe` stream stays open this
+    long, so that what was sent last still arrives."""
+
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
+    """Further attempts, each on another endpoint, when one fails before it answered."""
+
+    min_retry_concurrency: Annotated[int, Field(ge=0, le=10_000)] = 32
+    """Retries always allowed at the same time. Beyond, a fifth of the requests may be retries."""
+
+    connect_timeout_ms: Milliseconds = 500
+    """Longest wait for a connection, to endpoints and to the policy server."""
+
+    health_check_interval_ms: Milliseconds = 250
+    """Pace of the TCP checks of each endpoint; two failures in a row take it out, one success
+    brings it back. Also the time limit of one check: a silent host is out after four intervals."""
+
+    policy_check_interval_ms: Milliseconds = 250
+    """Pace of the policy server's health check; two failures in a row take it out."""
+
+    policy_check_timeout_ms: Milliseconds = 300
+    """Time limit of one health check of the policy server."""
+
+    stream_idle_timeout_s: Seconds = 300
+    """Longest silence within a request, so also the longest wait for a first token."""
+
+    client_idle_timeout_s: Seconds = 600
+    """A client's connection without requests is closed after this time."""
+
+    request_receive_timeout_s: Seconds = 60
+    """Longest time that a client may take to send its request."""
+
+    max_in_flight: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
+    """Requests in progress at all endpoints together; further ones get 503."""
+
+    max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    """Connections of clients; further ones are refused."""

@@ -1,0 +1,89 @@
+"""Prometheus metrics of the policy server. Names follow the project's vocabulary."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_DECISION_BUCKETS = (
+    0.00005, 0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05,
+)  # fmt: skip
+_PER_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.5, 1, 5)
+_FIRST_TOKEN_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+
+
+class Metrics:
+    """All metrics, on a registry of their own so that tests do not share counts."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.decisions = Counter(
+            "pointsman_decisions", "Decisions made.",
+            ["policy", "algorithm", "expert"], registry=r,
+        )  # fmt: skip
+        self.rejections = Counter(
+            "pointsman_rejections", "Requests for which no endpoint was chosen.",
+            ["policy", "reason"], registry=r,
+        )  # fmt: skip
+        self.fallbacks = Counter(
+            "pointsman_fallbacks", "Decisions made by the fallback algorithm.",
+            ["policy", "algorithm"], registry=r,
+        )  # fmt: skip
+        self.refusals = Counter(
+            "pointsman_refusals", "Requests that the server answered by an error of its own.",
+            ["code"], registry=r,
+        )  # fmt: skip
+        self.decision_seconds = Histogram(
+            "pointsman_decision_seconds", "Time of one decision inside the server.",
+            ["algorithm"], buckets=_DECISION_BUCKETS, registry=r,
+        )  # fmt: skip
+        self.completions = Counter(
+            "pointsman_completions", "Requests that ended, by how.",
+            ["policy", "expert", "outcome"], registry=r,
+        )  # fmt: skip
+        self.violations = Counter(
+            "pointsman_latency_violations", "Completed requests over their latency limit.",
+            ["policy", "expert"], registry=r,
+        )  # fmt: skip
+        self.retries = Counter(
+            "pointsman_rerouted", "Requests that another endpoint served than was chosen.",
+            ["policy"], registry=r,
+        )  # fmt: skip
+        self.untracked = Counter(
+            "pointsman_untracked", "Decisions not counted in flight: no usable x-request-id.",
+            registry=r,
+        )  # fmt: skip
+        self.expired = Counter(
+            "pointsman_expired", "In-flight entries dropped because no end was ever seen.",
+            registry=r,
+        )  # fmt: skip
+        self.latency_per_token = Histogram(
+            "pointsman_latency_per_token_seconds", "(Last token - arrival) / output tokens.",
+            ["policy", "expert"], buckets=_PER_TOKEN_BUCKETS, registry=r,
+        )  # fmt: skip
+        self.time_to_first_token = Histogram(
+            "pointsman_time_to_first_token_seconds", "First token - arrival, streamed answers.",
+            ["policy", "expert"], buckets=_FIRST_TOKEN_BUCKETS, registry=r,
+        )  # fmt: skip
+        self.output_tokens = Counter(
+            "pointsman_output_tokens", "Tokens of completed answers.",
+            ["policy", "expert"], registry=r,
+        )  # fmt: skip
+        self.in_flight = Gauge(
+            "pointsman_in_flight", "Requests in the in-flight table.",
+            ["endpoint", "expert"], registry=r,
+        )  # fmt: skip
+        self.endpoint_ready = Gauge(
+            "pointsman_endpoint_ready", "1 where decisions may choose the endpoint.",
+            ["endpoint", "expert"], registry=r,
+        )  # fmt: skip
+        self.scrape_errors = Counter(
+            "pointsman_scrape_errors", "Failed scrapes of engines.",
+            ["endpoint", "kind"], registry=r,
+        )  # fmt: skip
+        self.snapshot_info = Gauge(
+            "pointsman_snapshot_info", "1 for the snapshot in force of each policy.",
+            ["policy", "version", "generation"], registry=r,
+        )  # fmt: skip
+        self.reloads = Counter("pointsman_reloads", "Manifest reloads.", ["result"], registry=r)
+        self.eds_nacks = Counter(
+            "pointsman_eds_nacks", "Endpoint lists that Envoy refused.", registry=r
+        )

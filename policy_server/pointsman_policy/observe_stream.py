@@ -1,0 +1,68 @@
+"""What the ``observe`` filter tells of one HTTP request, fed into the tracker.
+
+The filter runs in observability mode: Envoy waits for nothing and ignores answers. A
+stream that ends before the answer's end of stream means that the client went away or the
+engine died.
+"""
+
+from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
+
+from pointsman_policy.decide_stream import REQUEST_ID, header_dict
+from pointsman_policy.service import RoutingService
+
+
+class ObserveStream:
+    """Follows one HTTP request from its headers to its end."""
+
+    def __init__(self, service: RoutingService) -> None:
+        self._service = service
+        self._request_id: str | None = None
+        self.done = False
+
+    def handle(self, message: ProcessingRequest) -> None:
+        """Take in one message."""
+        kind = message.WhichOneof("request")
+        if kind == "request_headers":
+            self._on_request_headers(message)
+        elif self._request_id is None:
+            return
+        elif kind == "response_headers":
+            self._on_response_headers(message, self._request_id)
+        elif kind == "response_body":
+            self._on_response_body(message, self._request_id)
+
+    def close(self) -> None:
+        """The stream ended, after the answer or before."""
+        self._end(complete=False)
+
+    def _on_request_headers(self, message: ProcessingRequest) -> None:
+        request_id = header_dict(message.request_headers.headers).get(REQUEST_ID)
+        now = self._service.clock()
+        if request_id is not None and self._service.tracker.opened(request_id, now_s=now):
+            self._request_id = request_id
+
+    def _on_response_headers(self, message: ProcessingRequest, request_id: str) -> None:
+        headers = header_dict(message.response_headers.headers)
+        status = headers.get(":status", "0")
+        self._service.tracker.responded(
+            request_id,
+            status=int(status) if status.isdecimal() else 0,
+            content_type=headers.get("content-type", ""),
+            served_by=headers.get("x-pointsman-endpoint"),
+            expert=headers.get("x-pointsman-expert"),
+        )
+        if message.response_headers.end_of_stream:
+            self._end(complete=True)
+
+    def _on_response_body(self, message: ProcessingRequest, request_id: str) -> None:
+        body = message.response_body
+        if body.body:
+            self._service.tracker.received(request_id, body.body, now_s=self._service.clock())
+        if body.end_of_stream:
+            self._end(complete=True)
+
+    def _end(self, *, complete: bool) -> None:
+        self.done = True
+        if self._request_id is not None:
+            now = self._service.clock()
+            self._service.tracker.ended(self._request_id, complete=complete, now_s=now)

@@ -1,0 +1,229 @@
+"""The part of the OpenAI HTTP API that routing touches: requests in, errors out.
+
+Follows the API reference of chat completions, completions, models and errors
+(platform.openai.com/docs/api-reference). Only what routing needs is read; everything
+else in a request travels on untouched.
+"""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import orjson
+
+_T = TypeVar("_T")
+
+CHARS_PER_TOKEN = 4.0
+"""Rule of thumb for English text; the router has no tokenizer of its own."""
+
+WRITABLE_DEPTH = 250
+"""A document of no more levels can always be written back (orjson stops at 254)."""
+
+COMPLETION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+MODELS_PATH = "/v1/models"
+
+
+class ApiError(Exception):
+    """A refusal in the API's own form.
+
+    ``code`` is the machine-readable reason, also the label under which it is counted.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.headers = headers
+
+    @property
+    def type(self) -> str:
+        """The API's error type for the status."""
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    def body(self) -> bytes:
+        """The error object as JSON."""
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return orjson.dumps({"error": error})
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A chat completion or completion request, with its whole document."""
+
+    model: str
+    prompt: str
+    prompt_tokens: int
+    max_output_tokens: int | None
+    streams: bool
+    document: dict[str, Any]
+
+    def with_model(self, served_name: str) -> bytes:
+        """The same request for another model, as JSON."""
+        return orjson.dumps(self.document | {"model": served_name})
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """Read a request body.
+
+    Raises:
+        ApiError: 400, when it is not JSON or a field that routing needs is missing or of
+            the wrong type.
+
+    """
+    document = _parse_object(body)
+    prompt, tokens = _prompt(document)
+    return CompletionRequest(
+        model=_model(document),
+        prompt=prompt,
+        prompt_tokens=tokens,
+        max_output_tokens=_max_output_tokens(document),
+        streams=_stream(document),
+        document=document,
+    )
+
+
+def models_list(names: list[str]) -> bytes:
+    """The body of ``GET /v1/models``."""
+    return orjson.dumps({"object": "list", "data": [_model_object(name) for name in names]})
+
+
+def model_object(name: str) -> bytes:
+    """The body of ``GET /v1/models/{name}``."""
+    return orjson.dumps(_model_object(name))
+
+
+def unknown_model(name: str, available: list[str]) -> ApiError:
+    """404 for a model name that no policy answers."""
+    names = ", ".join(available) or "none"
+    shown = name if len(name) <= 100 else f"{name[:100]}…"
+    return ApiError(
+        404,
+        "model_not_found",
+        f"The model `{shown}` does not exist. Available models: {names}.",
+        param="model",
+    )
+
+
+def _model_object(name: str) -> dict[str, Any]:
+    # The API wants a creation time; a routing policy has none that would mean anything.
+    return {"id": name, "object": "model", "created": 0, "owned_by": "pointsman"}
+
+
+def _parse_object(body: bytes) -> dict[str, Any]:
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(
+            400, "invalid_json", f"The request body is not valid JSON: {error}."
+        ) from None
+    if not isinstance(document, dict):
+        kind = type(document).__name__
+        raise ApiError(
+            400, "invalid_json", f"The request body must be a JSON object, not a {kind}."
+        )
+    # Reading allows deeper nesting than writing; only bodies with so many brackets can have it.
+    if body.count(b"[") + body.count(b"{") > WRITABLE_DEPTH:
+        _refuse_unwritable(document)
+    return document
+
+
+def _refuse_unwritable(document: dict[str, Any]) -> None:
+    try:
+        orjson.dumps(document)
+    except orjson.JSONEncodeError:
+        raise ApiError(400, "invalid_json", "The request body is nested too deeply.") from None
+
+
+def _model(document: dict[str, Any]) -> str:
+    model = document.get("model")
+    if model is None:
+        raise ApiError(400, "missing_model", "You must provide a `model`.", param="model")
+    return _typed(model, str, "model", "a string")
+
+
+def _stream(document: dict[str, Any]) -> bool:
+    stream = document.get("stream")
+    return False if stream is None else _typed(stream, bool, "stream", "a boolean")
+
+
+def _max_output_tokens(document: dict[str, Any]) -> int | None:
+    for name in ("max_completion_tokens", "max_tokens"):
+        value = document.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise _wrong_type(name, "an integer of at least 1")
+        return int(value)
+    return None
+
+
+def _prompt(document: dict[str, Any]) -> tuple[str, int]:
+    """Text of the prompt, and its estimated length in tokens (at least 1)."""
+    if "messages" in document:
+        messages = _typed(document["messages"], list, "messages", "an array of objects")
+        text = "\n".join(_message_text(message, i) for i, message in enumerate(messages))
+        return text, _estimate(text)
+    if "prompt" in document:
+        return _completion_prompt(document["prompt"])
+    raise ApiError(
+        400, "missing_prompt", "You must provide `messages` or a `prompt`.", param="messages"
+    )
+
+
+def _message_text(message: object, index: int) -> str:
+    field = f"messages[{index}]"
+    content = _typed(message, dict, field, "an object").get("content")
+    if content is None:  # an assistant's tool call has none
+        return ""
+    if isinstance(content, str):
+        return content
+    parts = _typed(content, list, f"{field}.content", "a string or an array of parts")
+    return "\n".join(
+        part["text"]
+        for part in parts
+        if isinstance(part, dict) and isinstance(part.get("text"), str)
+    )
+
+
+def _completion_prompt(prompt: object) -> tuple[str, int]:
+    """A prompt is a string, token ids (exact length, no text), or a list of either."""
+    if isinstance(prompt, str):
+        return prompt, _estimate(prompt)
+    items = _typed(prompt, list, "prompt", "a string or an array")
+    if items and all(isinstance(item, int) for item in items):
+        return "", len(items)
+    text = "\n".join(item for item in items if isinstance(item, str))
+    ids = sum(len(item) for item in items if isinstance(item, list))
+    return text, ids or _estimate(text)
+
+
+def _estimate(text: str) -> int:
+    return max(1, round(len(text) / CHARS_PER_TOKEN))
+
+
+def _typed(value: object, kind: type[_T], field: str, wanted: str) -> _T:
+    if not isinstance(value, kind):
+        raise _wrong_type(field, wanted)
+    return value
+
+
+def _wrong_type(field: str, wanted: str) -> ApiError:
+    return ApiError(
+        400, "invalid_type", f"Invalid type for `{field}`: expected {wanted}.", param=field
+    )

@@ -1,0 +1,247 @@
+"""Routing as a service: all policies at work on one live state.
+
+Pure bookkeeping round `pointsman_core`, no I/O: the ext_proc streams, the server's own
+API and the benchmarks all call this. One event loop owns it; nothing here blocks.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pointsman_core.observation import Request
+from pointsman_core.router import OVER_LIMIT, Decision, Router
+from pointsman_core.snapshot import Candidate, Snapshot
+from pointsman_core.state import LiveState
+from pointsman_policy.metrics import Metrics
+from pointsman_policy.openai_api import ApiError, CompletionRequest, unknown_model
+from pointsman_policy.tracker import RequestTracker
+
+RECENT_DECISIONS = 1024
+"""How many past decisions Explain can look up."""
+
+MAX_LIMIT_MS = 600_000.0
+"""The largest latency limit, the same bound as the CRD has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """A request's own limits; None where the policy's holds."""
+
+    latency_per_token_ms: float | None = None
+    first_token_ms: float | None = None
+
+
+class RoutingService:
+    """Policies by model name, the live state they share, and the requests on their way."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        seed: int | None = None,
+    ) -> None:
+        self.state = LiveState()
+        self.metrics = metrics
+        self.tracker = RequestTracker(self.state, metrics)
+        self.clock = clock
+        self._seed = seed
+        self._routers: dict[str, Router] = {}
+        self._by_model: dict[str, Router] = {}
+        self._recent: OrderedDict[str, Decision] = OrderedDict()
+
+    # --- snapshots ---------------------------------------------------------------------
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The snapshots in force."""
+        return tuple(router.snapshot for router in self._routers.values())
+
+    @property
+    def models(self) -> list[str]:
+        """All model names that some policy answers, sorted."""
+        return sorted(self._by_model)
+
+    def candidates(self) -> dict[str, list[Candidate]]:
+        """The candidates of all policies by address; several where experts share one."""
+        by_address: dict[str, dict[str, Candidate]] = {}
+        for snapshot in self.snapshots:
+            for candidate in snapshot.candidates:
+                by_address.setdefault(candidate.address, {})[candidate.expert] = candidate
+        return {address: list(found.values()) for address, found in by_address.items()}
+
+    def install(self, snapshots: Sequence[Snapshot]) -> None:
+        """Put these snapshots in force, all at once; a policy that did not change is kept."""
+        self.state.set_endpoints(c.address for s in snapshots for c in s.candidates)
+        routers = {}
+        for snapshot in snapshots:
+            key = policy_name(snapshot)
+            old = self._routers.get(key)
+            unchanged = old is not None and old.snapshot.version == snapshot.version
+            routers[key] = old if old and unchanged else self._make_router(snapshot)
+        self._routers = routers
+        self._by_model = {m: r for r in routers.values() for m in r.snapshot.models}
+        self._show_snapshots()
+
+    def _make_router(self, snapshot: Snapshot) -> Router:
+        return Router(snapshot, self.state, seed=self._seed)
+
+    def _show_snapshots(self) -> None:
+        self.metrics.snapshot_info.clear()
+        for name, router in self._routers.items():
+            snapshot = router.snapshot
+            self.metrics.snapshot_info.labels(name, snapshot.version, snapshot.generation).set(1)
+
+    def router(self, model: str) -> Router:
+        """The policy that answers a model name.
+
+        Raises:
+            ApiError: 404, no policy does.
+
+        """
+        router = self._by_model.get(model)
+        if router is None:
+            raise unknown_model(model, self.models)
+        return router
+
+    # --- decisions ---------------------------------------------------------------------
+
+    def decide(self, router: Router, request: Request) -> Decision:
+        """Decide and count, without touching the in-flight table."""
+        started = time.perf_counter()
+        decision = router.decide(request, now_s=self.clock())
+        elapsed = time.perf_counter() - started
+        self._count(decision, elapsed)
+        return decision
+
+    def route(
+        self,
+        completion: CompletionRequest,
+        limits: Limits,
+        *,
+        request_id: str | None,
+        arrival_s: float,
+    ) -> Decision:
+        """Decide a request and put it into the in-flight table.
+
+        Raises:
+            ApiError: 404 unknown model, 429 no endpoint in time, 503 no endpoint ready.
+
+        """
+        router = self.router(completion.model)
+        request = make_request(
+            router.snapshot,
+            limits,
+            prompt=completion.prompt,
+            prompt_tokens=completion.prompt_tokens,
+            max_output_tokens=completion.max_output_tokens,
+            arrival_s=arrival_s,
+            streams=completion.streams,
+        )
+        decision = self.decide(router, request)
+        if request_id is not None:
+            self._remember(request_id, decision)
+        if decision.chosen is None:
+            raise rejection(decision)
+        self.tracker.decided(request_id, decision)
+        return decision
+
+    def recent(self, request_id: str) -> Decision | None:
+        """A past decision, while it is remembered."""
+        return self._recent.get(request_id)
+
+    def _remember(self, request_id: str, decision: Decision) -> None:
+        self._recent[request_id] = decision
+        if len(self._recent) > RECENT_DECISIONS:
+            self._recent.popitem(last=False)
+
+    def _count(self, decision: Decision, elapsed_s: float) -> None:
+        policy = policy_name(decision.snapshot)
+        self.metrics.decision_seconds.labels(decision.algorithm).observe(elapsed_s)
+        if decision.fallback_reason is not None:
+            self.metrics.fallbacks.labels(policy, decision.algorithm).inc()
+        if decision.chosen is None:
+            self.metrics.rejections.labels(policy, _reason(decision)).inc()
+        else:
+            self.metrics.decisions.labels(policy, decision.algorithm, decision.chosen.expert).inc()
+
+
+def make_request(
+    snapshot: Snapshot,
+    limits: Limits,
+    *,
+    prompt: str,
+    prompt_tokens: int,
+    max_output_tokens: int | None,
+    arrival_s: float,
+    streams: bool,
+) -> Request:
+    """Join a request with its policy's limits; its own win where the policy lets them."""
+    qos = snapshot.qos
+    per_token, first = qos.latency_per_token_ms, qos.time_to_first_token_ms
+    if qos.allow_override:
+        per_token = limits.latency_per_token_ms or per_token
+        first = limits.first_token_ms or first
+    return Request(
+        prompt=prompt,
+        prompt_tokens=prompt_tokens,
+        arrival_s=arrival_s,
+        limit_s=per_token / 1e3,
+        first_token_limit_s=float("inf") if first is None else first / 1e3,
+        max_output_tokens=max_output_tokens,
+        streams=streams,
+    )
+
+
+def parse_limits(headers: Mapping[str, str]) -> Limits:
+    """Read ``x-slo-tpot-ms`` and ``x-slo-ttft-ms``.
+
+    Raises:
+        ApiError: 400, a header is not a number in (0, 600000].
+
+    """
+    return Limits(
+        latency_per_token_ms=_parse_limit(headers, "x-slo-tpot-ms"),
+        first_token_ms=_parse_limit(headers, "x-slo-ttft-ms"),
+    )
+
+
+def _parse_limit(headers: Mapping[str, str], name: str) -> float | None:
+    text = headers.get(name)
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0.0 < value <= MAX_LIMIT_MS:
+        raise ApiError(
+            400,
+            "invalid_limit",
+            f"The header {name} must be a number of milliseconds above 0 and at most"
+            f" {MAX_LIMIT_MS:.0f}, not {text[:40]!r}.",
+            param=name,
+        )
+    return value
+
+
+def policy_name(snapshot: Snapshot) -> str:
+    """``namespace/name`` of the policy, as metrics and logs spell it."""
+    return f"{snapshot.namespace}/{snapshot.policy}"
+
+
+def rejection(decision: Decision) -> ApiError:
+    """The error that a client gets when no endpoint was chosen."""
+    policy = policy_name(decision.snapshot)
+    if _reason(decision) == "over_limit":
+        message = f"Rejected by policy {policy}: {decision.why}."
+        return ApiError(429, _reason(decision), message, headers=(("retry-after", "1"),))
+    total = len(decision.snapshot.candidates)
+    message = f"Policy {policy} has no endpoint for this request: 0 of {total} endpoints are ready."
+    return ApiError(503, _reason(decision), message)
+
+
+def _reason(decision: Decision) -> str:
+    # The fallback's decision tells after it why the policy's own algorithm failed.
+    return "over_limit" if decision.why.startswith(OVER_LIMIT) else "no_ready_endpoint"

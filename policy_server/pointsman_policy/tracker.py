@@ -1,0 +1,180 @@
+"""Joins what the two ext_proc filters tell of one request.
+
+``decide`` knows where a request was sent, ``observe`` when it arrived, which endpoint
+really served it, how many tokens came and when it ended. They are two gRPC streams, so
+either may speak first; the request's id joins them.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pointsman_core.router import Decision
+from pointsman_core.state import LiveState
+from pointsman_policy.answers import TokenCounter, WholeCounter, counter_for
+from pointsman_policy.metrics import Metrics
+
+REMEMBERED_ENDS = 4096
+"""Ended requests that are remembered, so that a decision that comes late adds nothing."""
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    OK = "ok"
+    """The whole answer passed."""
+    ERROR = "error"
+    """The answer was an error status."""
+    ABORTED = "aborted"
+    """The client went away, or the engine died in the middle."""
+
+
+@dataclass(slots=True)
+class Tracked:
+    """One request on its way."""
+
+    arrival_s: float
+    decision: Decision | None = None
+    served_by: str | None = None
+    """Address that answered, once the response headers tell."""
+    served_expert: str | None = None
+    expert: str | None = None
+    """Expert under which the request is counted: the chosen one, or the one that answered."""
+    status: int = 0
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    counter: TokenCounter = field(default_factory=WholeCounter)
+
+
+class RequestTracker:
+    """The requests on their way, by id; keeps `LiveState` in step with them."""
+
+    def __init__(self, state: LiveState, metrics: Metrics) -> None:
+        self._state = state
+        self._metrics = metrics
+        self._tracked: dict[str, Tracked] = {}
+        self._ended: OrderedDict[str, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._tracked)
+
+    def opened(self, request_id: str, *, now_s: float) -> bool:
+        """A request's headers passed ``observe``; False when one of that id has ended."""
+        known = self._tracked.get(request_id)
+        if known is not None:  # the decision came first
+            known.arrival_s = min(known.arrival_s, now_s)
+            return True
+        if request_id in self._ended:
+            return False
+        self._tracked[request_id] = Tracked(arrival_s=now_s)
+        return True
+
+    def arrival_s(self, request_id: str | None, *, now_s: float) -> float:
+        """When the request arrived, as far as is known."""
+        known = self._tracked.get(request_id) if request_id is not None else None
+        return now_s if known is None else known.arrival_s
+
+    def decided(self, request_id: str | None, decision: Decision) -> None:
+        """Put a decided request into the in-flight table, unless it has ended already."""
+        chosen, admitted = decision.chosen, decision.admitted
+        if chosen is None or admitted is None:
+            return
+        if request_id is None or request_id in self._state:
+            self._metrics.untracked.inc()
+            return
+        if request_id in self._ended:
+            return
+        known = self._tracked.setdefault(request_id, Tracked(arrival_s=admitted.arrival_s))
+        known.decision = decision
+        known.expert = chosen.expert
+        self._state.begin(request_id, chosen.address, admitted)
+        # A decision that missed its time limit comes after the first answer's bytes.
+        self._state.add_tokens(request_id, known.counter.total)
+        self._follow(request_id, known)
+
+    def responded(
+        self,
+        request_id: str,
+        *,
+        status: int,
+        content_type: str,
+        served_by: str | None,
+        expert: str | None,
+    ) -> None:
+        """The response headers passed: note who really serves the request."""
+        known = self._tracked.get(request_id)
+        if known is None:
+            return
+        known.status = status
+        known.counter = counter_for(content_type)
+        known.served_by, known.served_expert = served_by, expert
+        self._follow(request_id, known)
+
+    def _follow(self, request_id: str, known: Tracked) -> None:
+        """Count the request where it is really served, once both filters have told."""
+        decision = known.decision
+        if decision is None or decision.chosen is None or not known.served_by:
+            return
+        if known.served_by != decision.chosen.address:
+            known.expert = known.served_expert or known.expert
+            self._state.move(request_id, known.served_by)
+            self._metrics.retries.labels(_policy(decision)).inc()
+
+    def received(self, request_id: str, chunk: bytes, *, now_s: float) -> None:
+        """A piece of the answer passed."""
+        known = self._tracked.get(request_id)
+        if known is None:
+            return
+        new = known.counter.feed(chunk)
+        if new:
+            known.first_token_s = known.first_token_s or now_s
+            known.last_token_s = now_s
+            self._state.add_tokens(request_id, new)
+
+    def ended(self, request_id: str, *, complete: bool, now_s: float) -> None:
+        """The request is over; a second call changes nothing."""
+        known = self._tracked.pop(request_id, None)
+        if known is None:
+            return
+        self._state.finish(request_id)
+        self._ended[request_id] = None
+        if len(self._ended) > REMEMBERED_ENDS:
+            self._ended.popitem(last=False)
+        if known.decision is not None:
+            self._count(known, known.decision, complete=complete, now_s=now_s)
+
+    def expire(self, *, before_s: float) -> int:
+        """Drop what arrived before ``before_s``: its end was missed. Returns how many."""
+        old = [i for i, known in self._tracked.items() if known.arrival_s < before_s]
+        for request_id in old:
+            del self._tracked[request_id]
+            self._state.finish(request_id)
+        self._metrics.expired.inc(len(old))
+        return len(old)
+
+    def _count(self, known: Tracked, decision: Decision, *, complete: bool, now_s: float) -> None:
+        labels = (_policy(decision), known.expert or "")
+        outcome = _outcome(known, complete=complete)
+        self._metrics.completions.labels(*labels, outcome).inc()
+        tokens = known.counter.total
+        if outcome is not Outcome.OK or not tokens or decision.admitted is None:
+            return
+        last = known.last_token_s or now_s
+        per_token = (last - known.arrival_s) / tokens
+        self._metrics.latency_per_token.labels(*labels).observe(per_token)
+        self._metrics.output_tokens.labels(*labels).inc(tokens)
+        if known.first_token_s is not None:
+            first = known.first_token_s - known.arrival_s
+            self._metrics.time_to_first_token.labels(*labels).observe(first)
+        if per_token > decision.admitted.limit_s:
+            self._metrics.violations.labels(*labels).inc()
+
+
+def _outcome(known: Tracked, *, complete: bool) -> Outcome:
+    if not complete:
+        return Outcome.ABORTED
+    return Outcome.ERROR if known.status >= 400 else Outcome.OK
+
+
+def _policy(decision: Decision) -> str:
+    return f"{decision.snapshot.namespace}/{decision.snapshot.policy}"

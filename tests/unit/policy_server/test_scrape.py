@@ -1,0 +1,66 @@
+"""The rule that turns findings into health, and the pauses between looks."""
+
+import pytest
+
+from pointsman_core.resources import EngineMetrics, EngineType
+from pointsman_policy.engines.probe import Answer, Finding
+from pointsman_policy.scrape import Health, HealthRule, Scraper, Target
+
+ALIVE = Finding(Answer.ALIVE)
+FAILED = Finding(Answer.FAILED, "timed out")
+GONE = Finding(Answer.GONE, "refused")
+TARGET = Target("127.0.0.1:1", EngineType.VLLM, EngineMetrics(interval_ms=250))
+
+
+def judged(*findings: Finding) -> list[Health | None]:
+    rule = HealthRule(failures=3)
+    return [rule.judge(finding) for finding in findings]
+
+
+def test_nothing_is_known_at_first():
+    assert HealthRule(failures=3).ready is None
+
+
+def test_gone_is_unready_at_once_and_told_once():
+    assert judged(ALIVE, GONE, GONE) == [Health(True, ""), Health(False, "refused"), None]
+
+
+def test_failures_count_only_in_a_row():
+    assert judged(ALIVE, FAILED, FAILED, ALIVE, FAILED, FAILED) == [Health(True, "")] + [None] * 5
+
+
+def test_the_third_failure_in_a_row_makes_unready():
+    assert judged(ALIVE, FAILED, FAILED, FAILED)[-1] == Health(False, "timed out")
+
+
+def test_one_good_answer_makes_ready_again():
+    assert judged(GONE, ALIVE) == [Health(False, "refused"), Health(True, "")]
+
+
+def test_a_new_reason_is_news():
+    missing = Finding(Answer.ALIVE, "no metrics")
+    assert judged(ALIVE, missing, missing, ALIVE) == [
+        Health(True, ""),
+        Health(True, "no metrics"),
+        None,
+        Health(True, ""),
+    ]
+
+
+def test_pauses_grow_up_to_the_cap_while_away_and_are_the_interval_else():
+    scraper = Scraper(on_load=lambda *_: None)
+    rule = HealthRule(failures=3)
+    rule.judge(ALIVE)
+    pauses = [scraper._pause(TARGET, rule)]
+    for _ in range(2000):
+        rule.judge(GONE)
+        pauses.append(scraper._pause(TARGET, rule))
+    assert pauses[:7] == pytest.approx([0.25, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0])
+    assert pauses[-1] == 1.0
+    rule.judge(ALIVE)
+    assert scraper._pause(TARGET, rule) == 0.25
+
+
+async def test_targets_need_the_context():
+    with pytest.raises(RuntimeError, match="enter the scraper"):
+        Scraper(on_load=lambda *_: None).update({TARGET.address: TARGET})
