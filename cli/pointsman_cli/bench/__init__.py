@@ -1,0 +1,1 @@
+"""``pointsman bench``: how fast decisions are, measured on this machine."""

@@ -1,0 +1,204 @@
+"""``pointsman bench ext-proc``: a decision as Envoy asks for it, over gRPC on loopback.
+
+The policy server is a process of its own, as in production; the client is this process.
+Both share the machine, so throughput is a lower bound of what the server alone can do.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import orjson
+from aiohttp import web
+from envoy.config.core.v3.base_pb2 import HeaderMap, HeaderValue
+from envoy.service.ext_proc.v3.external_processor_pb2 import (
+    HttpBody,
+    HttpHeaders,
+    ProcessingRequest,
+    ProcessingResponse,
+)
+from envoy.service.ext_proc.v3.external_processor_pb2_grpc import ExternalProcessorStub
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from pointsman_cli.bench import site
+from pointsman_cli.bench.report import Timing, row
+from pointsman_core.resources import Algorithm
+
+START_TIMEOUT_S = 20.0
+WARM_UP = 50
+"""Requests before each measurement."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """The running policy server."""
+
+    channel: grpc.aio.Channel
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """CPU time it has used so far, user and system; NaN where there is no /proc."""
+        stat = Path(f"/proc/{self.pid}/stat")
+        if not stat.exists():
+            return float("nan")
+        fields = stat.read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class BenchError(RuntimeError):
+    """The measurement could not be made."""
+
+
+async def run(
+    *,
+    endpoints: int,
+    in_flight: int,
+    requests: int,
+    concurrency: Sequence[int],
+    algorithms: Sequence[Algorithm],
+) -> list[dict[str, object]]:
+    """Measure every algorithm at every concurrency."""
+    runs = []
+    async with _engines(endpoints) as addresses, _server(addresses, algorithms) as server:
+        stub = ExternalProcessorStub(server.channel)
+        for i in range(in_flight):
+            body = _body(algorithms[0], f"resident {i}")
+            await _ask(stub, body, request_id=f"resident-{i}")
+        for algorithm in algorithms:
+            bodies = [_body(algorithm, prompt) for prompt in site.prompts(16)]
+            for clients in concurrency:
+                before = server.cpu_seconds()
+                timing = await _measure(stub, bodies, clients=clients, requests=requests)
+                # The warm-up is in the CPU time as well.
+                spent = (server.cpu_seconds() - before) / (timing.count + WARM_UP)
+                labels = {
+                    "decider": str(algorithm),
+                    "concurrency": clients,
+                    "endpoints": endpoints,
+                    "in_flight": in_flight,
+                }
+                runs.append(row(labels, timing) | {"server_cpu_us": round(spent * 1e6, 1)})
+    return runs
+
+
+async def _measure(
+    stub: ExternalProcessorStub, bodies: Sequence[bytes], *, clients: int, requests: int
+) -> Timing:
+    seconds: list[float] = []
+
+    async def client(count: int) -> None:
+        for i in range(count):
+            before = time.perf_counter()
+            await _ask(stub, bodies[i % len(bodies)], request_id=None)
+            seconds.append(time.perf_counter() - before)
+
+    share = max(1, requests // clients)
+    await client(WARM_UP)
+    seconds.clear()
+    started = time.perf_counter()
+    await asyncio.gather(*(client(share) for _ in range(clients)))
+    return Timing.of(seconds, wall_s=time.perf_counter() - started)
+
+
+async def _ask(stub: ExternalProcessorStub, body: bytes, *, request_id: str | None) -> None:
+    """One HTTP request's worth of messages, as Envoy's BUFFERED mode sends them."""
+    call = stub.Process()
+    await call.write(_headers(len(body), request_id))
+    await call.read()
+    await call.write(ProcessingRequest(request_body=HttpBody(body=body, end_of_stream=True)))
+    answer: ProcessingResponse = await call.read()
+    if not answer.HasField("request_body"):
+        raise BenchError(f"the policy server refused: {answer.immediate_response.body!r}")
+    await call.done_writing()
+    await call.read()  # end of the stream
+
+
+def _headers(length: int, request_id: str | None) -> ProcessingRequest:
+    headers = {
+        ":method": "POST",
+        ":path": "/v1/chat/completions",
+        ":authority": "bench",
+        "content-type": "application/json",
+        "content-length": str(length),
+        "user-agent": "pointsman-bench",
+    }
+    if request_id is not None:
+        headers["x-request-id"] = request_id
+    values = [HeaderValue(key=key, raw_value=value.encode()) for key, value in headers.items()]
+    return ProcessingRequest(request_headers=HttpHeaders(headers=HeaderMap(headers=values)))
+
+
+def _body(algorithm: Algorithm, prompt: str) -> bytes:
+    messages = [{"role": "user", "content": prompt}]
+    return orjson.dumps({"model": site.model_name(algorithm), "messages": messages})
+
+
+@contextlib.asynccontextmanager
+async def _engines(count: int) -> AsyncIterator[list[str]]:
+    """So many addresses that answer a health probe, and nothing else."""
+
+    async def health(_: web.Request) -> web.Response:
+        return web.Response(text="ok")
+
+    app = web.Application()
+    app.router.add_get("/health", health)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        for sock in sockets:
+            await web.SockSite(runner, sock).start()
+        yield [f"127.0.0.1:{sock.getsockname()[1]}" for sock in sockets]
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def _server(
+    addresses: Sequence[str], algorithms: Sequence[Algorithm]
+) -> AsyncIterator[_Server]:
+    with tempfile.TemporaryDirectory(prefix="pointsman-bench-") as folder:
+        manifests = Path(folder) / "site.yaml"
+        manifests.write_text(site.manifests(addresses, algorithms))
+        target = f"unix://{folder}/policy.sock"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "pointsman_cli.main", "policy-server"),
+            *("--manifests", str(manifests), "--grpc-address", target),
+            *("--http-address", "127.0.0.1:0", "--log-level", "warning"),
+        )
+        try:
+            async with grpc.aio.insecure_channel(target) as channel:
+                await _wait_serving(channel, process)
+                yield _Server(channel, process.pid)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+async def _wait_serving(channel: grpc.aio.Channel, process: asyncio.subprocess.Process) -> None:
+    async def serving() -> None:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest()
+        async for answer in stub.Watch(request, wait_for_ready=True):
+            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+
+    tasks = [asyncio.create_task(serving()), asyncio.create_task(process.wait())]
+    done, pending = await asyncio.wait(
+        tasks, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+    )
+    for task in pending:
+        task.cancel()
+    if tasks[0] not in done:
+        raise BenchError("the policy server did not start; its messages are above")
+    tasks[0].result()

@@ -1,0 +1,153 @@
+"""The command ``pointsman demo``."""
+
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pointsman_cli.demo.options import DemoOptions, WorkloadName
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pointsman_cli.demo.results import DemoReport
+    from pointsman_core.resources import Algorithm
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells report it."""
+
+
+def demo(
+    seconds: Annotated[
+        float, typer.Option(min=1, max=3600, help="Seconds of arrivals under each decider.")
+    ] = 20.0,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Requests per second; default: about 80 % of capacity."),
+    ] = None,
+    deciders: Annotated[
+        str, typer.Option(help="Comma-separated algorithms; 'all', or 'none' to only serve.")
+    ] = "all",
+    manifests: Annotated[
+        Path | None,
+        typer.Option(help="File or folder of experts and a policy; default: examples/edge-site."),
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where plot, report and logs go.")] = Path(
+        "demo-output"
+    ),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON on standard output.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses arrivals, prompts and answers.")] = 0,
+    keep_running: Annotated[
+        bool, typer.Option("--keep-running", help="Serve on after the runs, until Ctrl-C.")
+    ] = False,
+    workload: Annotated[
+        WorkloadName, typer.Option(help="Arrivals and prompts; auto: real data where present.")
+    ] = WorkloadName.AUTO,
+    limit_ms: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Limit in ms per output token; default: the policy's."),
+    ] = None,
+) -> None:
+    """Run each decider in turn against a site of simulated engines, through a real Envoy."""
+    from rich.console import Console
+
+    from pointsman_cli.demo.data import repository_root
+
+    options = DemoOptions(
+        seconds=seconds,
+        rate=rate,
+        deciders=parse_deciders(deciders),
+        manifests=manifests or repository_root() / "examples" / "edge-site",
+        output_dir=output_dir,
+        workload=workload,
+        limit_ms=limit_ms,
+        seed=seed,
+        keep_running=keep_running or not parse_deciders(deciders),
+    )
+    raise typer.Exit(_run(options, Console(stderr=True), as_json=as_json))
+
+
+def parse_deciders(text: str) -> "tuple[Algorithm, ...]":
+    """Algorithms by name, case ignored, in the order given and without repeats.
+
+    Raises typer.BadParameter for a name that is none.
+    """
+    from pointsman_core.resources import Algorithm
+
+    known = {algorithm.lower(): algorithm for algorithm in Algorithm}
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    if names == ["none"]:
+        return ()
+    if names == ["all"]:
+        return tuple(known.values())
+    if not names or (unknown := [name for name in names if name not in known]):
+        wrong = ", ".join(unknown) if names else "nothing"
+        raise typer.BadParameter(
+            f"{wrong}: choose from {', '.join(Algorithm)}, or all, or none",
+            param_hint="--deciders",
+        )
+    return tuple(dict.fromkeys(known[name] for name in names))
+
+
+def _run(options: DemoOptions, console: "Console", *, as_json: bool) -> int:
+    """Run to the end; returns the exit status."""
+    from pointsman_cli.demo.errors import DemoError
+    from pointsman_cli.demo.runner import run_demo, say
+    from pointsman_core.manifests import ManifestErrors
+    from pointsman_core.workload import WorkloadError
+
+    published = False
+
+    def publish(report: "DemoReport") -> None:
+        nonlocal published
+        published = True
+        _publish(report, options.output_dir, console, as_json=as_json)
+
+    try:
+        (options.output_dir / "logs").mkdir(parents=True, exist_ok=True)
+        finished = run_until_signal(run_demo(options, console, publish))
+    except (DemoError, ManifestErrors, WorkloadError, OSError) as error:
+        say(console, f"error: {error}")
+        return 1
+    served_only = options.keep_running and (published or not options.deciders)
+    return 0 if finished or served_only else INTERRUPTED
+
+
+def _publish(report: "DemoReport", output_dir: Path, console: "Console", *, as_json: bool) -> None:
+    from pointsman_cli.demo.plot import draw
+    from pointsman_cli.demo.report import print_report, write_json
+    from pointsman_cli.demo.runner import say
+
+    print_report(console, report)
+    draw(report, output_dir / "demo.png")
+    write_json(report, output_dir / "demo.json")
+    say(console, f"plot: {output_dir / 'demo.png'}\nreport: {output_dir / 'demo.json'}")
+    if as_json:
+        sys.stdout.write(report.model_dump_json(indent=2) + "\n")
+        sys.stdout.flush()
+
+
+def run_until_signal(main: Coroutine[None, None, None]) -> bool:
+    """Run a coroutine, cancelling it on SIGINT or SIGTERM; returns whether it came to its end."""
+    import asyncio
+    import signal
+
+    import uvloop
+
+    async def guarded() -> bool:
+        task = asyncio.ensure_future(main)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        try:
+            await task
+        except asyncio.CancelledError:
+            return False
+        return True
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(guarded())

@@ -1,0 +1,112 @@
+"""The closing plot: what became of the requests, and how fast the answers were."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pointsman_cli.demo.results import DemoReport, RunResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: told apart by the colour-blind too.
+PARTS = (
+    ("quality_in_time", "quality delivered in time (= average QoS)", "#009E73", ""),
+    ("missing_in_time", "in time, quality missing", "#56B4E9", ""),
+    ("late", "late", "#E69F00", "//"),
+    ("rejected", "rejected", "#CCCCCC", ".."),
+    ("failed", "failed", "#D55E00", "xx"),
+)
+LINES = (
+    ("#0072B2", "-"),
+    ("#D55E00", "--"),
+    ("#009E73", "-."),
+    ("#CC79A7", ":"),
+    ("#000000", (0, (6, 1, 1, 1, 1, 1))),
+    ("#E69F00", (0, (3, 1))),
+)
+
+
+def draw(report: DemoReport, path: Path) -> None:
+    """Write the plot as PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 6.2), layout="constrained", dpi=130)
+    bars, curves = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    _draw_shares(bars, report.runs)
+    _draw_latencies(curves, report.runs, report.workload.limit_ms_per_token)
+    workload = report.workload
+    figure.suptitle(
+        f"{workload.requests} requests at {workload.rate:.2g}/s under each decider,"
+        f" limit {workload.limit_ms_per_token:g} ms per token\n{workload.description}"
+        + (" · simulated engines" if report.simulated else ""),
+        fontsize=10,
+    )
+    figure.savefig(path)
+
+
+def _draw_shares(axes: "Axes", runs: Sequence[RunResult]) -> None:
+    rows = np.arange(len(runs))
+    left = np.zeros(len(runs))
+    for name, label, colour, hatch in PARTS:
+        width = np.array([getattr(run.shares, name) for run in runs])
+        if not width.any():
+            continue
+        axes.barh(rows, width, left=left, color=colour, hatch=hatch, edgecolor="white", label=label)
+        left += width
+    for row, run in enumerate(runs):
+        axes.text(
+            0.008,
+            row,
+            f"QoS {run.average_qos:.3f}",
+            va="center",
+            color="black",
+            fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
+        )
+    axes.set_yticks(rows, [run.decider for run in runs])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.set_xlabel("share of all requests that arrived")
+    axes.set_title("What became of the requests")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
+
+
+def _draw_latencies(axes: "Axes", runs: Sequence[RunResult], limit_ms: float) -> None:
+    for number, run in enumerate(runs):
+        if not run.ms_per_token:
+            continue
+        colour, style = LINES[number % len(LINES)]
+        share = np.arange(1, len(run.ms_per_token) + 1) / run.requests
+        axes.step(
+            run.ms_per_token,
+            share,
+            where="post",
+            color=colour,
+            linestyle=style,
+            linewidth=1.8,
+            label=run.decider,
+        )
+    axes.axvline(limit_ms, color="#555555", linewidth=1)
+    axes.text(limit_ms, 1.005, f"limit {limit_ms:g} ms", ha="center", va="bottom", fontsize=9)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if _leads(value) else "")
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.set_xlabel("latency per output token (ms, logarithmic)")
+    axes.set_ylabel("requests answered at least this fast")
+    axes.set_title("How fast the answers were", pad=18)
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend(loc="lower right")
+
+
+def _leads(value: float) -> bool:
+    """Whether a minor tick of a logarithmic axis gets a label: 2 and 5 times a power."""
+    return f"{value:e}"[0] in "25"

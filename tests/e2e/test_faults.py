@@ -1,0 +1,166 @@
+"""Dead, slow and broken parts: what still works, and that nothing is left behind."""
+
+import asyncio
+import signal
+import time
+
+import aiohttp
+import pytest
+
+
+async def load(site, *, count, stop=None, stream=False, max_tokens=8, pause=0.01):
+    """Requests in the background, ``count`` of them or until ``stop``; their statuses."""
+
+    async def one():
+        try:
+            async with site.session.post(
+                f"{site.url}/v1/chat/completions",
+                json={
+                    "model": "auto",
+                    "messages": [{"role": "user", "content": "Hello"}],
+                    "max_tokens": max_tokens,
+                    "ignore_eos": True,
+                    "stream": stream,
+                },
+            ) as response:
+                await response.read()
+                return response.status
+        except aiohttp.ClientError as error:
+            return type(error).__name__
+
+    tasks = []
+    while len(tasks) < count and not (stop and stop.is_set()):
+        tasks.append(asyncio.create_task(one()))
+        await asyncio.sleep(pause)
+    return await asyncio.gather(*tasks)
+
+
+async def test_policy_server_killed_under_load_fails_open_and_comes_back(site):
+    stop = asyncio.Event()
+    running = asyncio.create_task(load(site, count=10_000, stop=stop))
+    await site.until(lambda s: s["in_flight"] > 0, "load")
+    await site.kill_server()
+
+    while_away = [await site.ask() for _ in range(20)]
+    assert [status for status, _, _ in while_away] == [200] * 20
+    # Nobody decided, and yet each engine was asked for a model that it serves.
+    assert all("x-pointsman-policy" not in headers for _, headers, _ in while_away)
+    assert all(document["model"].endswith("-model") for _, _, document in while_away)
+
+    await site.start_server()
+    await site.until_routed_again()
+    stop.set()
+    statuses = await running
+    assert set(statuses) == {200}, f"{len(statuses)} requests"
+    await site.until_empty()
+
+
+async def test_policy_server_frozen_under_load_fails_open(site):
+    site.server.process.send_signal(signal.SIGSTOP)
+    statuses = await load(site, count=20)
+    site.server.process.send_signal(signal.SIGCONT)
+    assert set(statuses) == {200}
+    await site.until_routed_again()
+    await site.until_empty()
+
+
+async def test_a_killed_engine_costs_no_request_and_leaves_the_table(
+    site, kill_child, record_property
+):
+    stop = asyncio.Event()
+    running = asyncio.create_task(load(site, count=10_000, stop=stop))
+    victim = site.addresses["bee"]
+    await site.until(lambda s: s["endpoints"][victim]["in_flight"] > 0, "load on the victim")
+    await kill_child(site.engines["bee"])
+    killed = time.monotonic()
+    await site.until(lambda s: not s["endpoints"][victim]["ready"], "the dead engine unready")
+    record_property("seconds_until_unready", time.monotonic() - killed)
+    before = dict(await site.metric("pointsman_decisions_total"))
+    answers = [await site.ask() for _ in range(20)]
+    stop.set()
+    assert set(await running) == {200}
+    assert {headers["x-pointsman-expert"] for _, headers, _ in answers} <= {"ant", "cow"}
+    after = await site.metric("pointsman_decisions_total")
+    of_bee = [key for key in after if 'expert="bee"' in key]
+    assert [after[key] for key in of_bee] == [before[key] for key in of_bee]
+    await site.until_empty()
+
+
+async def test_an_engine_that_comes_back_is_used_again(site, kill_child):
+    port = int(site.addresses["bee"].rpartition(":")[2])
+    await kill_child(site.engines["bee"])
+    await site.until(lambda s: not s["endpoints"][site.addresses["bee"]]["ready"], "unready")
+    await site.start_engine("bee", port=port)
+    await site.until(lambda s: s["endpoints"][site.addresses["bee"]]["ready"], "ready again")
+    site.declare_policy(algorithm="RoundRobin")
+    site.write_manifests()
+    await site.until_answered_by({"ant", "bee", "cow"})
+
+
+async def test_all_engines_dead_is_503_with_the_reason(site, kill_child):
+    for engine in site.engines.values():
+        await kill_child(engine)
+    await site.until(lambda s: not any(e["ready"] for e in s["endpoints"].values()), "all unready")
+    status, _, document = await site.ask()
+    assert status == 503
+    assert document["error"]["message"] == (
+        "Policy default/auto has no endpoint for this request: 0 of 3 endpoints are ready."
+    )
+    assert document["error"]["code"] == "no_ready_endpoint"
+    await site.until_empty()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_engine_that_dies_in_the_middle_leaves_no_entry(
+    bare_site, in_front, kill_child, stream
+):
+    slow = {"iterationOverheadMs": 50.0}
+    await bare_site.start_engine("ant", profile=slow)
+    bare_site.declare_policy()
+    async with in_front(bare_site) as site:
+        running = asyncio.create_task(load(site, count=3, stream=stream, max_tokens=400))
+        await site.until(lambda s: s["in_flight"] == 3, "three in flight")
+        await kill_child(site.engines["ant"])
+        statuses = await running
+        assert 200 not in statuses or stream
+        await site.until_empty()
+
+
+async def test_a_connection_dropped_by_the_engine_mid_stream_leaves_no_entry(bare_site, in_front):
+    await bare_site.start_engine("ant", "--fail-after-tokens", "5")
+    bare_site.declare_policy()
+    async with in_front(bare_site) as site:
+        results = await load(site, count=5, stream=True, max_tokens=50)
+        assert 200 not in results
+        await site.until_empty()
+        outcomes = await site.metric("pointsman_completions_total")
+        assert outcomes['expert="ant",outcome="aborted",policy="default/auto"'] == 5
+
+
+async def test_a_client_that_goes_away_leaves_no_entry(bare_site, in_front):
+    await bare_site.start_engine("ant", profile={"iterationOverheadMs": 50.0})
+    bare_site.declare_policy()
+    async with in_front(bare_site) as site:
+        running = asyncio.create_task(load(site, count=3, stream=True, max_tokens=400))
+        await site.until(lambda s: s["in_flight"] == 3, "three in flight")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await site.session.close()
+        site.session = aiohttp.ClientSession()
+        try:
+            await site.until_empty()
+        finally:
+            await site.session.close()
+
+
+async def test_sigterm_lets_requests_under_way_finish(bare_site, in_front):
+    await bare_site.start_engine("ant", profile={"iterationOverheadMs": 20.0})
+    bare_site.declare_policy()
+    async with in_front(bare_site) as site:
+        running = asyncio.create_task(load(site, count=2, stream=True, max_tokens=60))
+        await site.until(lambda s: s["in_flight"] == 2, "two in flight")
+        site.server.process.terminate()
+        assert set(await running) == {200}
+        assert await site.server.process.wait() == 0
+        log = (site.folder / "policy-server.log").read_text()
+        assert '"event": "stopped"' in log

@@ -1,0 +1,114 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from pointsman_cli.demo.host import host_meter, host_warning
+from pointsman_cli.demo.load import Ending, Outcome
+from pointsman_cli.demo.plot import draw
+from pointsman_cli.demo.report import print_report, write_json
+from pointsman_cli.demo.results import DemoReport, HostLoad, WorkloadReport, summarise
+from pointsman_cli.demo.runner import warnings
+
+IDLE = HostLoad(loop_lag_p99_ms=1.0, cpu_busy=0.2)
+
+
+class HalfRight:
+    def score(self, index: int, expert: str) -> tuple[float, bool]:
+        return index % 2, expert == "small"
+
+
+def result(decider: str, *, endings=(Ending.ANSWERED,) * 4, host=IDLE, left=0):
+    outcomes = [
+        Outcome(
+            index=index,
+            arrival_s=0.0,
+            ending=ending,
+            expert="small" if index % 3 else "large",
+            decided=True,
+            first_token_s=0.1,
+            last_token_s=0.4 * (index + 1),
+            output_tokens=10,
+            reason="" if ending is Ending.ANSWERED else "lost",
+        )
+        for index, ending in enumerate(endings)
+    ]
+    return summarise(
+        decider, outcomes, HalfRight(), limit_ms=100.0, in_flight_at_end=left, host=host
+    )
+
+
+@pytest.fixture
+def report() -> DemoReport:
+    return DemoReport(
+        runs=[
+            result("Random"),
+            result("LeastLoad", endings=[Ending.ANSWERED, Ending.FAILED, Ending.REJECTED]),
+            result("RoundRobin", endings=[Ending.FAILED]),
+        ],
+        workload=WorkloadReport(
+            description="composed: a and b",
+            requests=4,
+            seconds=2.0,
+            rate=2.0,
+            estimated_load=0.8,
+            mean_input_tokens=100.0,
+            max_output_tokens=400,
+            limit_ms_per_token=100.0,
+            seed=0,
+        ),
+        simulated=True,
+        simulated_experts=["small", "large"],
+        warnings=["[watch] this"],
+    )
+
+
+def test_table_has_a_line_per_decider_and_says_what_it_is(report):
+    console = Console(file=io.StringIO(), width=140)
+    print_report(console, report)
+    text = console.file.getvalue()
+    for run in report.runs:
+        assert f"{run.average_qos:.3f}" in text
+    assert "composed: a and b" in text
+    assert "Engines are simulated" in text
+    assert "warning: [watch] this" in text
+
+
+def test_plot_is_a_png(report, tmp_path):
+    draw(report, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_file_can_be_read_back(report, tmp_path):
+    write_json(report, tmp_path / "demo.json")
+    data = json.loads((tmp_path / "demo.json").read_text())
+    assert [run["decider"] for run in data["runs"]] == ["Random", "LeastLoad", "RoundRobin"]
+
+
+def test_warnings_name_what_spoils_the_numbers():
+    busy = HostLoad(loop_lag_p99_ms=80.0, cpu_busy=0.99)
+    lines = warnings([result("Random", host=busy, left=2), result("LeastLoad")], ["large"])
+    assert len(lines) == 3
+    assert (
+        "Random: this machine was too slow (timers were 80 ms late (p99), CPUs were 99% busy)"
+        in (lines[0])
+    )
+    assert "no scores in the workload for large" in lines[1]
+    assert "2 requests stayed" in lines[2]
+    assert warnings([result("LeastLoad")], []) == []
+
+
+def test_answers_without_a_decision_are_warned_of():
+    run = result("Random").model_copy(update={"without_decision": 3})
+    assert "3 answers were routed by Envoy alone" in warnings([run], [])[0]
+
+
+async def test_host_meter_measures_while_it_is_open():
+    async with host_meter() as meter:
+        pass
+    load = meter.load()
+    assert load.loop_lag_p99_ms >= 0
+    assert load.cpu_busy is None or 0 <= load.cpu_busy <= 1
+    assert host_warning("Random", IDLE) is None
+    assert host_warning("Random", HostLoad(loop_lag_p99_ms=0.0, cpu_busy=None)) is None
