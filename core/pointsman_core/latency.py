@@ -76,7 +76,10 @@ def forecast(seen: Observation) -> LatencyForecast:
 
 
 def drain_s(seen: Observation) -> FloatArray:
-    """(E,) time to finish all that is there: queued and in-flight tokens over speed."""
+    """(E,) time to finish all that is there: queued and in-flight tokens over speed.
+
+    Never less than the longest request there needs, however many short ones share its batch.
+    """
     started = seen.resident_output_tokens > 0
     remaining = seen.resident_expected_output - seen.resident_output_tokens
     own = seen.per_candidate(np.ones_like(remaining))
@@ -85,8 +88,11 @@ def drain_s(seen: Observation) -> FloatArray:
     prompts = seen.per_candidate(np.where(started, 0.0, seen.resident_prompt_tokens))
     context = seen.per_candidate(seen.resident_prompt_tokens + seen.resident_output_tokens)
     batch = np.clip(present, 1.0, seen.cost.max_sequences)
+    longest = np.zeros_like(tokens)
+    np.maximum.at(longest, seen.resident_candidate, remaining)
+    steps = np.maximum(tokens / batch, longest)
     step = _step_s(seen, batch, context)
-    result: FloatArray = _prefill_s(seen, prompts, present, context) + tokens / batch * step
+    result: FloatArray = _prefill_s(seen, prompts, present, context) + steps * step
     return result
 
 

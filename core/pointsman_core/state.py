@@ -279,8 +279,3 @@ class LiveState:
             self._ids[entry] = last
             self._entry_of[last] = entry
         return True
-
-    def arrived_before(self, time_s: float) -> tuple[str, ...]:
-        """Requests that have been here since before ``time_s``: candidates for expiry."""
-        old = np.flatnonzero(self.residents().arrival_s < time_s)
-        return tuple(self._ids[entry] for entry in old)

@@ -68,8 +68,8 @@ def envoy(
     import tempfile
     from pathlib import Path
 
+    from pointsman_policy.addresses import SocketAddress
     from pointsman_policy.envoy import EnvoySettings, envoy_binary, render_bootstrap
-    from pointsman_policy.envoy._settings import SocketAddress
 
     try:
         clients, admins = SocketAddress.parse(listen), SocketAddress.parse(admin)

@@ -31,10 +31,16 @@ class ExtProcServicer(ExternalProcessorServicer):  # type: ignore[misc]
     ) -> None:
         """Serve one HTTP request. Ends early: Envoy then goes on without asking again."""
         del request_iterator  # read() is the faster API
-        if _filter_of(context) == "observe":
-            await self._observe(context)
-        else:
-            await self._decide(context)
+        name = _filter_of(context)
+        try:
+            if name == "observe":
+                await self._observe(context)
+            else:
+                await self._decide(context)
+        except Exception:
+            self._service.metrics.internal_errors.labels(name).inc()
+            log.exception("ext_proc stream failed", filter=name)
+            raise
 
     async def _decide(self, context: _Context) -> None:
         stream = DecideStream(self._service, body_limit_bytes=self._body_limit)

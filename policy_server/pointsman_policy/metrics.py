@@ -84,6 +84,10 @@ class Metrics:
             ["policy", "version", "generation"], registry=r,
         )  # fmt: skip
         self.reloads = Counter("pointsman_reloads", "Manifest reloads.", ["result"], registry=r)
+        self.internal_errors = Counter(
+            "pointsman_internal_errors", "Streams that a bug ended; Envoy then fails open.",
+            ["filter"], registry=r,
+        )  # fmt: skip
         self.eds_nacks = Counter(
             "pointsman_eds_nacks", "Endpoint lists that Envoy refused.", registry=r
         )

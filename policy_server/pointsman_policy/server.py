@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import gc
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
 
 import grpc
 import structlog
@@ -17,9 +18,10 @@ from envoy.service.ext_proc.v3.external_processor_pb2_grpc import (
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from pointsman_core.manifests import ManifestErrors, compile_manifests
+from pointsman_core.manifests import CompiledManifests, ManifestErrors, compile_manifests
 from pointsman_core.snapshot import Candidate
 from pointsman_core.state import EngineLoad
+from pointsman_policy.addresses import SocketAddress
 from pointsman_policy.eds import EdsEndpoint, EdsServer
 from pointsman_policy.engines.probe import ScrapeError
 from pointsman_policy.ext_proc import ExtProcServicer
@@ -87,7 +89,7 @@ class PolicyServer:
         _on_signals(stop.set)
         known = manifest_contents(self._settings.manifests)
         async with self._scraper, self._http(), self._grpc():
-            self._reload()
+            await self._reload()
             await self._set_serving(ready=True)
             # Start-up objects live for ever: keep them out of the collector's way.
             gc.collect()
@@ -105,14 +107,15 @@ class PolicyServer:
 
     # --- manifests ---------------------------------------------------------------------
 
-    def _reload(self) -> None:
+    async def _reload(self) -> None:
         """Compile the manifests and put them in force, all or nothing.
 
         Raises:
             ManifestErrors: some are wrong; what was in force stays.
 
         """
-        compiled = compile_manifests(read_manifest_files(self._settings.manifests))
+        # In a thread: a large site takes long enough to be felt by requests.
+        compiled = await asyncio.to_thread(_compile, self._settings.manifests)
         self.service.install(compiled.snapshots)
         self._scraper.update(
             {address: _target(found[0]) for address, found in self.service.candidates().items()}
@@ -131,7 +134,7 @@ class PolicyServer:
 
     async def _reload_quietly(self) -> None:
         try:
-            self._reload()
+            await self._reload()
         except ManifestErrors as errors:
             self._metrics.reloads.labels("failed").inc()
             for error in errors.errors:
@@ -186,11 +189,16 @@ class PolicyServer:
 
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[None]:
-        host, _, port = self._settings.http_address.rpartition(":")
+        address = SocketAddress.parse(self._settings.http_address)
         runner = web.AppRunner(build_app(self.service, self._health), access_log=None)
         await runner.setup()
         try:
-            await web.TCPSite(runner, host.strip("[]"), int(port)).start()
+            site: web.BaseSite = (
+                web.UnixSite(runner, address.pipe)
+                if address.pipe
+                else web.TCPSite(runner, address.host, address.port)
+            )
+            await site.start()
             yield
         finally:
             await runner.cleanup()
@@ -215,6 +223,10 @@ class PolicyServer:
         finally:
             self._eds.close()
             await server.stop(self._settings.drain_timeout_s)
+
+
+def _compile(paths: Iterable[Path]) -> CompiledManifests:
+    return compile_manifests(read_manifest_files(paths))
 
 
 def _target(candidate: Candidate) -> Target:

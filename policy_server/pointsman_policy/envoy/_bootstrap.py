@@ -5,7 +5,8 @@ from pathlib import Path
 
 import jinja2
 
-from pointsman_policy.envoy._settings import EnvoySettings, SocketAddress
+from pointsman_policy.addresses import SocketAddress
+from pointsman_policy.envoy._settings import EnvoySettings
 
 _PACKAGE = "pointsman_policy.envoy"
 

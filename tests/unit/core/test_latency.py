@@ -82,10 +82,11 @@ class TestByHand:
         assert got.first_token_s == pytest.approx([0.102 + 34 / 81 * 10 * 0.003128 / 2])
 
     def test_foreign_requests_are_taken_to_be_like_ours(self, observed):
-        with_foreign = forecast(observed([(50, 12, 2)], foreign=2))
-        # Three of 57 tokens each and ours of 105: 276 tokens, and four decode at once.
-        assert with_foreign.per_token_s == pytest.approx([(0.104 + 10 * 0.005) / 10])
-        assert with_foreign.resident_before_s == pytest.approx([(1 + 10 * 0.004) / 12])
+        slow_memory = {"profile": {"memory_bandwidth_gbps": 104.8576}}
+        got = forecast(observed([(50, 12, 2)], foreign=2, expert=slow_memory))
+        # Three of 57 tokens at 10 us each, and 20 ms for the weights; with the new one 276.
+        assert got.resident_before_s == pytest.approx([(1 + 10 * 0.02271) / 12])
+        assert got.per_token_s == pytest.approx([(0.104 + 10 * 0.02376) / 10])
 
     def test_foreign_requests_alone_are_taken_to_be_like_the_new_one(self, observed):
         slow_memory = {"profile": {"memory_bandwidth_gbps": 104.8576}}
@@ -225,6 +226,8 @@ class TestDrain:
             ("one waits", [(50, 12, 0)], 0, 4, 52 + 12 * 3.05),
             # 20 tokens, two at a time.
             ("two decode", [(50, 12, 2)] * 2, 0, 4, 10 * 3.104),
+            # The long one's 100 tokens, at the pace of two.
+            ("a short one beside a long one", [(50, 102, 2), (50, 3, 2)], 0, 4, 100 * 3.104),
             ("two, one at a time", [(50, 12, 2)] * 2, 0, 1, 20 * 3.104),
             # A foreign request has the length that the new one is expected to have.
             ("one is foreign", [], 1, 4, 10 * 3),
@@ -237,3 +240,9 @@ class TestDrain:
     def test_does_not_depend_on_the_new_requests_prompt(self, observed):
         seen = observed([(50, 12, 2)])
         assert drain_s(dataclasses.replace(seen, prompt_tokens=9e9)) == drain_s(seen)
+
+    @given(present=residents, another=residents, batch=batches)
+    def test_more_requests_of_any_kind_do_not_drain_sooner(self, present, another, batch, observed):
+        expert = {"limits": {"concurrency": batch}}
+        less, more = observed(present, expert=expert), observed(present + another, expert=expert)
+        assert drain_s(more)[0] >= drain_s(less)[0] - ROUNDING

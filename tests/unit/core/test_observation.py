@@ -73,9 +73,10 @@ class TestEligible:
         assert router.observe(request, now_s=0.0).eligible.tolist() == want, desc
 
     def test_roomiest_endpoints_that_are_equal_stay_eligible_together(self, build):
-        router, _ = build.router(build.expert("x", A, B))
+        router, state = build.router(build.expert("x", A, B, C))
+        state.set_ready(B, ready=False)
         seen = router.observe(build.request(prompt_tokens=10**6), now_s=0.0)
-        assert seen.eligible.all()
+        assert seen.eligible.tolist() == [True, False, True]
 
 
 class TestResidents:

@@ -114,6 +114,7 @@ class TestWhole:
             ("nothing yet", b"", 0),
             ("usage", orjson.dumps({"choices": [], "usage": {"completion_tokens": 42}}), 42),
             ("spaces", b'{"usage": {"completion_tokens" : 42 }}', 42),
+            ("the last counts", b'{"completion_tokens":1,"usage":{"completion_tokens":2}}', 2),
             ("no usage", orjson.dumps({"choices": []}), 0),
             ("null", b'{"usage":{"completion_tokens":null}}', 0),
             ("an error", b'{"error":{"message":"no"}}', 0),
@@ -141,8 +142,13 @@ class TestWhole:
         for _ in range(100):
             counter.feed(b"x" * 10_000)
             assert len(counter._tail) <= TAIL_BYTES
-        counter.feed(b'"usage":{"completion_tokens":8}}')
+        usage = b'"usage":{"completion_tokens":8},'
+        counter.feed(usage)
         assert counter.total == 8
+        counter.feed(b"x" * (TAIL_BYTES - len(usage)))
+        assert counter.total == 8
+        counter.feed(b"x" * len(usage))
+        assert counter.total == 0
 
 
 @pytest.mark.parametrize(
