@@ -1,8 +1,5 @@
 """The command ``pointsman engine-sim``; what is heavy is imported when it runs."""
 
-import ctypes
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +8,6 @@ import typer
 if TYPE_CHECKING:
     from pointsman_core.resources import LLMExpertSpec
     from pointsman_engine_sim.settings import EngineSettings
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def _profile(text: str) -> Any:  # noqa: ANN401 - typer's own type for an option
@@ -37,9 +32,6 @@ def engine_sim(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 0,
     seed: Annotated[int, typer.Option(help="Start of all that is drawn.")] = 0,
-    die_with_parent: Annotated[
-        bool, typer.Option("--die-with-parent", help="Stop when the parent dies (Linux only).")
-    ] = False,
     peak_tflops: Annotated[float | None, _profile("Dense compute, in TFLOP/s.")] = None,
     memory_bandwidth_gbps: Annotated[float | None, _profile("In GB/s.")] = None,
     parameters_billions: Annotated[float | None, _profile("Active parameters.")] = None,
@@ -65,9 +57,6 @@ def engine_sim(
 
     Prints one line of JSON once it listens: {"url", "model", "simulated": true}.
     """
-    if die_with_parent:
-        _die_with_parent()
-
     from pydantic import ValidationError
 
     from pointsman_engine_sim.protocol import describe
@@ -153,11 +142,3 @@ def _announce(url: str, model: str) -> None:
 
     line = orjson.dumps({"url": url, "model": model, "simulated": True})
     typer.echo(line)  # flushes, so that whoever started the engine can wait for it
-
-
-def _die_with_parent() -> None:
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")

@@ -25,7 +25,7 @@ def demo(
     ] = 20.0,
     rate: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Requests per second; default: about 80 % of capacity."),
+        typer.Option(min=0.01, help="Requests per second; default: about 70 % of capacity."),
     ] = None,
     deciders: Annotated[
         str, typer.Option(help="Comma-separated algorithms; 'all', or 'none' to only serve.")

@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,23 +12,13 @@ import aiohttp
 import orjson
 
 from pointsman_cli.demo.errors import DemoError
+from pointsman_policy.child import ending_with_parent
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 6.0
 """After SIGTERM; a simulated engine lets running requests finish for up to 5 s."""
 POLL_S = 0.05
 LOG_TAIL_LINES = 15
-
-# Becomes the child after asking the kernel to end it together with its parent. A
-# preexec_fn would run Python in a fork of a process with threads, which can lock up.
-_DIE_WITH_PARENT = """
-import ctypes, os, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGTERM
-    if os.getppid() != int(sys.argv[1]):
-        sys.exit("the parent is gone")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +53,7 @@ class Children:
         """Start a process; with ``read_output`` its standard output is a pipe."""
         with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())),
-                *command,
+                *ending_with_parent(command),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE if read_output else log,
                 stderr=log,

@@ -124,7 +124,7 @@ class DemoReport(Frozen):
     """Whether any engine was a simulation."""
     simulated_experts: list[str]
     warnings: list[str]
-    limits: Literal["simulated engines and composed scores: compare deciders, not sites"] = (
+    note: Literal["simulated engines and composed scores: compare deciders, not sites"] = (
         "simulated engines and composed scores: compare deciders, not sites"
     )
 

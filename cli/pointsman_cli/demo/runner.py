@@ -28,7 +28,7 @@ from pointsman_policy.manifest_files import read_manifest_files
 
 MAX_OUTPUT_TOKENS = 256
 """Longest answer asked for, so that one long answer does not hold up a whole run."""
-DEFAULT_LOAD = 0.8
+DEFAULT_LOAD = 0.7
 """Default rate over what the cost model says the site can do (ours)."""
 SAMPLE_REQUESTS = 2000
 """Requests drawn to learn the mean prompt length before the rate is chosen."""

@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import os
 import signal
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -12,20 +10,10 @@ from pathlib import Path
 
 import aiohttp
 
+from pointsman_policy.child import ending_with_parent
 from pointsman_policy.envoy._bootstrap import envoy_binary, render_bootstrap
 from pointsman_policy.envoy._settings import EnvoySettings
 
-# Turns into Envoy after asking the kernel to end it together with its parent, so that a killed
-# demo or test leaves nothing behind. A preexec_fn is no way to do this: it runs Python in a fork
-# of a process with threads (gRPC has some), which can lock up.
-_DIE_WITH_PARENT = """
-import ctypes, os, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGTERM
-    if os.getppid() != int(sys.argv[1]):
-        sys.exit("the parent is gone")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 _POLL_S = 0.03
 _LOG_TAIL_CHARS = 4000
 
@@ -107,8 +95,7 @@ async def running_envoy(
 async def _spawn(command: Sequence[str], *, log: Path) -> asyncio.subprocess.Process:
     with log.open("ab") as output:
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())),
-            *command,
+            *ending_with_parent(command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,

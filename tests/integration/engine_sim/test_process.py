@@ -122,24 +122,6 @@ async def test_requests_that_never_end_do_not_keep_it_alive(launch):
         assert isinstance(error, aiohttp.ClientError)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
-async def test_it_dies_with_its_parent():
-    # The parent hands its output down: end of file means that both are gone.
-    parent = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-c",
-        "import subprocess, sys; subprocess.run(sys.argv[1:])",
-        *COMMAND,
-        *QUICK,
-        "--die-with-parent",
-        stdout=subprocess.PIPE,
-    )
-    assert json.loads(await parent.stdout.readline())["simulated"]
-    parent.kill()
-    assert await parent.stdout.read() == b""
-    await parent.wait()
-
-
 async def test_taken_port_is_reported(launch):
     _, line = await launch(*QUICK)
     port = line["url"].rpartition(":")[2]
