@@ -8,9 +8,13 @@ ALLOWED_IN_CI = ("needs a GPU",)
 """Reasons for which CI, too, may skip a test; anything else that is skipped there is a failure."""
 
 _skipped: list[tuple[str, str]] = []
+_measured: list[tuple[str, str]] = []
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call":
+        values = (f"{name} {value}" for name, value in report.user_properties)
+        _measured.extend((report.nodeid, value) for value in values)
     if report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         if not any(allowed in reason for allowed in ALLOWED_IN_CI):
@@ -24,6 +28,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _measured:  # what tests gave to record_property
+        terminalreporter.section("measured")
+        for nodeid, value in _measured:
+            terminalreporter.line(f"{nodeid}: {value}")
     if os.environ.get("CI") and _skipped:
         terminalreporter.section("skipped, but must run in CI", red=True)
         for nodeid, reason in _skipped:

@@ -1,5 +1,6 @@
 """`pointsman validate`, `generate-crds` and `generate-docs`."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pointsman_core.manifests import CompiledManifests, ManifestErrors
+    from pointsman_core.manifests import CompiledManifests, ManifestError, ManifestErrors
     from pointsman_core.snapshot import Candidate, Snapshot
 
 TYPICAL_CONTEXT_TOKENS = 1000
@@ -32,14 +33,16 @@ def validate(
     from pointsman_policy.manifest_files import read_manifest_files
 
     try:
-        compiled = compile_manifests(read_manifest_files(paths))
+        texts = read_manifest_files(paths)
+        compiled = compile_manifests(texts)
     except ManifestErrors as errors:
         _show_errors(errors, as_json=as_json)
         raise typer.Exit(1) from None
-    for warning in compiled.warnings:
+    warnings = [*compiled.warnings, *_hopeless(compiled, texts)]
+    for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     if as_json:
-        _echo_json(_as_dict(compiled))
+        _echo_json(_as_dict(compiled, warnings))
     else:
         from rich.console import Console
 
@@ -86,10 +89,29 @@ def _echo_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def _as_dict(compiled: "CompiledManifests") -> dict[str, Any]:
+def _hopeless(compiled: "CompiledManifests", texts: Mapping[str, str]) -> "Iterator[ManifestError]":
+    """A warning for each policy whose limit no endpoint keeps, not even one that is idle."""
+    from pointsman_core.manifests import parse_manifests
+
+    snapshots = {(each.namespace, each.policy): each for each in compiled.snapshots}
+    for source, text in texts.items():
+        for policy in parse_manifests(text, source=source).located_policies:
+            meta = policy.resource.metadata
+            snapshot = snapshots[meta.namespace, meta.name]
+            fastest = min(snapshot.candidates, key=_alone_ms)
+            limit = snapshot.qos.latency_per_token_ms
+            if _alone_ms(fastest) > limit:
+                yield policy.error(
+                    ("spec", "qos", "latencyPerTokenMs"),
+                    f"no expert can keep {limit:g} ms per token, not even idle: the fastest,"
+                    f" {fastest.expert}, takes {_alone_ms(fastest):.1f} ms by its profile",
+                )
+
+
+def _as_dict(compiled: "CompiledManifests", warnings: list["ManifestError"]) -> dict[str, Any]:
     return {
         "valid": True,
-        "warnings": [warning.as_dict() for warning in compiled.warnings],
+        "warnings": [warning.as_dict() for warning in warnings],
         "policies": [
             {
                 "namespace": snapshot.namespace,

@@ -2,17 +2,24 @@
 
 import copy
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 
 from pointsman_core.deciders import Decider, Scores, make_decider
+from pointsman_core.latency import forecast
 from pointsman_core.observation import Observation, Request, RoutingTable, observe
 from pointsman_core.resources import Admission, Algorithm
 from pointsman_core.snapshot import Candidate, Snapshot
 from pointsman_core.state import Admitted, BoolArray, FloatArray, IntArray, LiveState
 
-NO_ENDPOINT = "no endpoint is ready"
-OVER_LIMIT = "no endpoint can keep the latency limit"
+
+class Rejection(StrEnum):
+    """Why no endpoint was chosen."""
+
+    NO_READY_ENDPOINT = "no endpoint is ready"
+    OVER_LIMIT = "no endpoint can keep the latency limit"
+
 
 MAX_RETRY_TARGETS = 2
 """Endpoints named after the chosen one, for retries on connection failure."""
@@ -38,6 +45,8 @@ class Decision:
     """(E,) predicted to keep all limits; None: the algorithm does not look."""
     quality: FloatArray
     """(E,) predicted quality."""
+    rejection: Rejection | None = None
+    """Set exactly when nothing was chosen."""
     fallback_reason: str | None = None
     """Why the policy's own algorithm did not decide; None when it did."""
     admitted: Admitted | None = None
@@ -64,10 +73,13 @@ class Router:
         seen = self.observe(request, now_s=now_s)
         algorithm, scores, failure = self._score(seen)
         best, order = self._rank(seen, scores)
-        chosen = None if best is None else self.table.candidates[best]
-        why = NO_ENDPOINT if best is None else _explain(algorithm, seen, scores, best)
-        if best is not None and self._rejects(scores, best):
-            chosen, why = None, OVER_LIMIT
+        in_time = self._in_time(seen, scores)
+        rejection = self._rejection(seen, in_time)
+        chosen = None if rejection or best is None else self.table.candidates[best]
+        if rejection or best is None:
+            why = str(rejection)
+        else:
+            why = _explain(algorithm, seen, scores, best)
         return Decision(
             snapshot=self.snapshot,
             algorithm=algorithm,
@@ -76,8 +88,9 @@ class Router:
             why=why if failure is None else f"{why} (fallback: {failure})",
             scores=scores.values,
             eligible=seen.eligible,
-            in_time=scores.in_time,
+            in_time=in_time,
             quality=seen.quality,
+            rejection=rejection,
             fallback_reason=failure,
             admitted=None if chosen is None or best is None else _admitted(request, seen, best),
         )
@@ -119,9 +132,21 @@ class Router:
     def _retry_targets(self, order: IntArray) -> tuple[Candidate, ...]:
         return tuple(self.table.candidates[i] for i in order[1 : 1 + MAX_RETRY_TARGETS])
 
-    def _rejects(self, scores: Scores, best: int) -> bool:
-        late = scores.in_time is not None and not scores.in_time[best]
-        return late and self.snapshot.admission is Admission.REJECT
+    def _in_time(self, seen: Observation, scores: Scores) -> BoolArray | None:
+        """What the decider said of the limits; under Reject asked for where it said nothing.
+
+        So admission is the same for all deciders.
+        """
+        if scores.in_time is None and self.snapshot.admission is Admission.REJECT:
+            return forecast(seen).keeps_limits(seen)
+        return scores.in_time
+
+    def _rejection(self, seen: Observation, in_time: BoolArray | None) -> Rejection | None:
+        if not seen.eligible.any():
+            return Rejection.NO_READY_ENDPOINT
+        if self.snapshot.admission is not Admission.REJECT or in_time is None:
+            return None
+        return None if (in_time & seen.eligible).any() else Rejection.OVER_LIMIT
 
     def replace_decider(self, decider: Decider) -> None:
         """Swap the algorithm's implementation between two requests."""

@@ -7,6 +7,7 @@ same JSON that the embedded mode compiles for itself.
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from ipaddress import IPv6Address, ip_address
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,7 +37,7 @@ class Candidate(SnapshotModel):
 
     expert: str
     address: str
-    """``ip:port`` as Envoy spells it."""
+    """``ip:port``, see `canonical_address`."""
     model: str
     aliases: tuple[str, ...] = ()
     engine: Engine
@@ -68,6 +69,11 @@ class Snapshot(SnapshotModel):
     version: Annotated[str, Field(min_length=16, max_length=16)] = "0" * 16
     """First 16 hex digits of the content's SHA-256: equal content, equal version."""
 
+    @property
+    def full_name(self) -> str:
+        """``namespace/name`` of the policy, as metrics and logs spell it."""
+        return f"{self.namespace}/{self.policy}"
+
 
 def compile_snapshot(
     policy: RoutingPolicy,
@@ -98,11 +104,26 @@ def compile_snapshot(
         candidates=tuple(
             _candidate(expert, address)
             for expert in chosen
-            for address in sorted(endpoints.get(expert.metadata.name, ()))
+            for address in sorted(
+                {canonical_address(a) for a in endpoints.get(expert.metadata.name, ())}
+            )
         ),
     )
     digest = hashlib.sha256(draft.model_dump_json().encode()).hexdigest()
     return draft.model_copy(update={"version": digest[:16]})
+
+
+def canonical_address(address: str) -> str:
+    """The one spelling of an ``ip:port``: that of Envoy, which compares them as text.
+
+    What is not an IP address is returned as it is.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        ip = ip_address(host.strip("[]"))
+    except ValueError:
+        return address
+    return f"[{ip}]:{int(port)}" if isinstance(ip, IPv6Address) else f"{ip}:{int(port)}"
 
 
 def selects(policy: RoutingPolicy, expert: LLMExpert) -> bool:

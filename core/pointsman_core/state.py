@@ -19,6 +19,12 @@ BoolArray = NDArray[np.bool_]
 GAUGES_STALE_AFTER_S = 5.0
 """Gauges older than this are ignored (ours; engines refresh within about a second)."""
 
+SURPLUS_AFTER_S = 15.0
+"""An engine must show fewer requests than the table for this long before it is believed.
+
+Ours; its gauges may lag by seconds, and a request just sent is not in them yet.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
@@ -106,6 +112,7 @@ class LiveState:
         self._kv_usage = np.zeros(0)
         self._gauges_at = np.zeros(0)
         self._loads: dict[str, EngineLoad] = {}
+        self._surplus: dict[str, tuple[float, int]] = {}
         self._entry_of: dict[str, int] = {}
         self._ids: list[str] = []
         self._residents = Residents.empty(256)
@@ -136,6 +143,7 @@ class LiveState:
             if row not in occupied:
                 del self._row_of[address]
                 self._loads.pop(address, None)
+                self._surplus.pop(address, None)
                 self._free_rows.append(row)
         for address in wanted:
             if address not in self._row_of:
@@ -183,11 +191,30 @@ class LiveState:
         if row is None:
             return
         own = self.in_flight(address)
+        self._note_surplus(address, own - load.running - load.waiting, now_s)
         self._foreign[row, 0] = self._foreign[row, 1]
         self._foreign[row, 1] = max(0, load.running + load.waiting - own)
         self._kv_usage[row] = np.nan if load.kv_usage is None else load.kv_usage
         self._gauges_at[row] = now_s
         self._loads[address] = load
+
+    def _note_surplus(self, address: str, surplus: int, now_s: float) -> None:
+        if surplus <= 0:
+            self._surplus.pop(address, None)
+            return
+        since, least = self._surplus.get(address, (now_s, surplus))
+        self._surplus[address] = (since, min(least, surplus))
+
+    def surplus(self, address: str, *, now_s: float) -> int:
+        """Requests in the table that the engine has not had for `SURPLUS_AFTER_S`.
+
+        The least difference in that time; 0 where the gauges are stale.
+        """
+        row = self._row_of.get(address)
+        if row is None or now_s - self._gauges_at[row] > GAUGES_STALE_AFTER_S:
+            return 0
+        since, least = self._surplus.get(address, (now_s, 0))
+        return least if now_s - since >= SURPLUS_AFTER_S else 0
 
     def load(self, address: str) -> EngineLoad | None:
         """The gauges as last scraped, however old; None before the first."""

@@ -24,7 +24,7 @@ def engine_sim(
     manifests: Annotated[
         Path | None, typer.Option(help="YAML file or folder with the LLMExpert to simulate.")
     ] = None,
-    expert: Annotated[str | None, typer.Option(help="Name of that LLMExpert.")] = None,
+    expert: Annotated[str | None, typer.Option(help="Its name, or namespace/name.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Served name, in place of --manifests and --expert.")
     ] = None,
@@ -127,14 +127,47 @@ def _read_spec(
 
 
 def _find_expert(path: Path, name: str) -> "LLMExpertSpec":
+    """The expert of that name, or ``namespace/name``, in a file or below a folder.
+
+    Raises ValueError when there is none, or more than one.
+    """
     from pointsman_core.manifests import parse_manifests
 
-    files = sorted(path.glob("*.y*ml")) if path.is_dir() else [path]
-    for file in files:
-        for expert in parse_manifests(file.read_text("utf-8"), source=str(file)).experts:
-            if expert.metadata.name == name:
-                return expert.spec
-    raise ValueError(f"no LLMExpert named {name!r} in {path}")
+    found = [
+        located
+        for file in _manifest_files(path)
+        for located in parse_manifests(_text(file), source=str(file)).located_experts
+        if name in (located.resource.metadata.name, located.name.partition("/")[2])
+    ]
+    if not found:
+        raise ValueError(f"no LLMExpert named {name!r} in {path}")
+    if len(found) > 1:
+        places = ", ".join(f"{located.name} in {located.place}" for located in found)
+        raise ValueError(f"{name!r} names {len(found)} experts, give namespace/name: {places}")
+    return found[0].resource.spec
+
+
+def _manifest_files(path: Path) -> list[Path]:
+    """The file itself, or all YAML files below a folder except hidden ones.
+
+    A mounted ConfigMap keeps its files a second time in ``..data``.
+    """
+    if not path.is_dir():
+        return [path]
+    return sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in (".yaml", ".yml")
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 (byte {error.start})") from error
 
 
 def _announce(url: str, model: str) -> None:

@@ -12,6 +12,9 @@ from pointsman_engine_sim.answers import Answer, count_tokens
 RequestT = TypeVar("RequestT", bound="CompletionOptions")
 TokenCount = Annotated[int, Field(ge=1)]
 
+MAX_DESCRIBED = 10
+"""Errors that one message lists."""
+
 _ERROR_TYPES = {
     HTTPStatus.BAD_REQUEST: "BadRequestError",
     HTTPStatus.NOT_FOUND: "NotFoundError",
@@ -50,7 +53,7 @@ class Message(BaseModel):
     """One turn of a conversation."""
 
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
     @property
     def text(self) -> str:
@@ -92,7 +95,7 @@ class CompletionOptions(BaseModel):
 class ChatRequest(CompletionOptions):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: TokenCount | None = None
 
     @property
@@ -114,7 +117,7 @@ class ChatRequest(CompletionOptions):
 class CompletionRequest(CompletionOptions):
     """Body of ``POST /v1/completions``; a prompt of token ids has an exact length."""
 
-    prompt: str | Annotated[list[int], Field(min_length=1)]
+    prompt: str | Annotated[list[int], Field(min_length=1, fail_fast=True)]
     max_tokens: TokenCount | None = 16
 
     @field_validator("prompt", mode="before")
@@ -142,7 +145,10 @@ class CompletionRequest(CompletionOptions):
 
 
 def parse(kind: type[RequestT], body: bytes) -> RequestT:
-    """Read a request's body; raises `APIError` (400) that names every wrong field."""
+    """Read a request's body; raises `APIError` (400) that names the wrong fields.
+
+    Of a list it names the first wrong item: a body may hold a million of them.
+    """
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -150,11 +156,15 @@ def parse(kind: type[RequestT], body: bytes) -> RequestT:
 
 
 def describe(error: ValidationError) -> str:
-    """List every wrong field and what is wrong with it, on one line."""
-    return "; ".join(
+    """List the first wrong fields and what is wrong with them, on one line."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    listed = [
         ": ".join(filter(None, (".".join(map(str, item["loc"])), item["msg"])))
-        for item in error.errors(include_url=False, include_context=False, include_input=False)
-    )
+        for item in errors[:MAX_DESCRIBED]
+    ]
+    if len(errors) > MAX_DESCRIBED:
+        listed.append(f"and {len(errors) - MAX_DESCRIBED} more")
+    return "; ".join(listed)
 
 
 @dataclass(frozen=True, slots=True)

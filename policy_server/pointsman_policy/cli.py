@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pointsman_policy.settings import DEFAULT_BODY_LIMIT, MAX_BODY_BYTES
+
 
 def policy_server(
     manifests: Annotated[
@@ -22,6 +24,12 @@ def policy_server(
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that SIGTERM waits for requests under way.", min=0)
     ] = 30.0,
+    body_limit: Annotated[
+        int,
+        typer.Option(
+            help="Longest request body in bytes, as for Envoy.", min=1024, max=MAX_BODY_BYTES
+        ),
+    ] = DEFAULT_BODY_LIMIT,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     log_format: Annotated[str, typer.Option(help="json or console.")] = "json",
     seed: Annotated[int | None, typer.Option(help="Seed of random choices.")] = None,
@@ -44,6 +52,7 @@ def policy_server(
                 grpc_address=grpc_address,
                 http_address=http_address,
                 drain_timeout_s=drain_timeout,
+                body_limit_bytes=body_limit,
                 seed=seed,
             )
         )
@@ -58,25 +67,31 @@ def envoy(
         str, typer.Option(help="ip:port of Envoy's admin interface; keep it on loopback.")
     ] = "127.0.0.1:9901",
     policy_server: Annotated[
-        str, typer.Option(help="ip:port or unix:///path of the policy server; several by commas.")
+        str, typer.Option(help="ip:port or unix:///path of the policy server.")
     ] = "127.0.0.1:9002",
     fail_closed: Annotated[
         bool, typer.Option("--fail-closed", help="Without the policy server answer 503.")
     ] = False,
+    body_limit: Annotated[
+        int,
+        typer.Option(
+            help="Longest request body in bytes, as for the policy server.",
+            min=1024,
+            max=MAX_BODY_BYTES,
+        ),
+    ] = DEFAULT_BODY_LIMIT,
     concurrency: Annotated[int, typer.Option(help="Worker threads.", min=1)] = 1,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the bootstrap and do not start Envoy.")
     ] = False,
 ) -> None:
     """Run Envoy in front of the policy server; its access log goes to standard output."""
-    import tempfile
-    from pathlib import Path
-
     from pointsman_policy.addresses import SocketAddress
     from pointsman_policy.envoy import EnvoySettings, envoy_binary, render_bootstrap
 
     try:
         clients, admins = SocketAddress.parse(listen), SocketAddress.parse(admin)
+        SocketAddress.parse(policy_server)  # its message is plainer than the settings'
         settings = EnvoySettings(
             listen_address=clients.host,
             listen_port=clients.port,
@@ -84,6 +99,7 @@ def envoy(
             admin_port=admins.port,
             policy_server_address=policy_server,
             fail_open=not fail_closed,
+            request_body_limit_bytes=body_limit,
         )
         binary = envoy_binary()
     except (ValueError, FileNotFoundError) as error:
@@ -93,8 +109,7 @@ def envoy(
     if print_config:
         print(bootstrap)  # noqa: T201 - the command's output
         return
-    file = Path(tempfile.mkdtemp(prefix="pointsman-envoy-")) / "bootstrap.yaml"
-    file.write_text(bootstrap, encoding="utf-8")
-    arguments = ["--config-path", str(file), "--concurrency", str(concurrency)]
+    # On the command line: a file would stay behind. Linux takes 128 KiB there, this is 35.
+    arguments = ["--config-yaml", bootstrap, "--concurrency", str(concurrency)]
     # Becomes Envoy, so that signals and the exit status are Envoy's own.
     os.execv(binary, [str(binary), *arguments, "--disable-hot-restart"])  # noqa: S606

@@ -34,7 +34,7 @@ from pointsman_policy.openai_api import (
     parse_completion,
     unknown_model,
 )
-from pointsman_policy.service import Limits, RoutingService, parse_limits, policy_name
+from pointsman_policy.service import Limits, RoutingService, parse_limits
 
 PICK_NAMESPACE = "envoy.lb"
 PICK_KEY = "x-gateway-destination-endpoint"
@@ -97,13 +97,17 @@ class DecideStream:
     def _check_body(self, headers: Mapping[str, str], *, ends: bool) -> None:
         if ends:
             raise ApiError(400, "missing_body", "The request has no body.")
-        encoding = headers.get("content-encoding", "identity")
+        encoding = headers.get("content-encoding", "identity").lower()
         if encoding != "identity":
             raise ApiError(
                 415, "unsupported_encoding", f"Content-Encoding {encoding[:40]} is not supported."
             )
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._body_limit:
+        if length.isdecimal():
+            self._check_length(int(length))
+
+    def _check_length(self, length: int) -> None:
+        if length > self._body_limit:
             raise ApiError(
                 413,
                 "request_too_large",
@@ -111,6 +115,7 @@ class DecideStream:
             )
 
     def _on_body(self, body: bytes) -> ProcessingResponse:
+        self._check_length(len(body))
         completion = parse_completion(body)
         now = self._service.clock()
         arrival = self._service.tracker.arrival_s(self._request_id, now_s=min(self._arrived_s, now))
@@ -178,7 +183,7 @@ def _metadata(decision: Decision) -> Struct:
     # Field by field: Struct.update() is Python and three times as slow.
     metadata.fields[PICK_NAMESPACE].struct_value.fields[PICK_KEY].string_value = targets
     decided = metadata.fields[DECISION_NAMESPACE].struct_value.fields
-    decided["policy"].string_value = policy_name(decision.snapshot)
+    decided["policy"].string_value = decision.snapshot.full_name
     decided["expert"].string_value = chosen.expert
     decided["endpoint"].string_value = chosen.address
     decided["algorithm"].string_value = decision.algorithm

@@ -7,9 +7,7 @@ and nonces are kept by :class:`SotwStream`, which knows nothing of gRPC or of en
 
 import asyncio
 import hashlib
-import ipaddress
 import itertools
-import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -24,6 +22,8 @@ from envoy.service.endpoint.v3 import eds_pb2_grpc
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
 
+from pointsman_policy.addresses import split_address
+
 log = structlog.get_logger(__name__)
 
 CLUSTER: Final = "experts"
@@ -32,7 +32,9 @@ METADATA_NAMESPACE: Final = "pointsman"
 """Filter metadata of every endpoint: ``served_models`` and ``expert``, both strings."""
 TYPE_URL: Final = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 
-_ADDRESS: Final = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<v4>[0-9.]+)):(?P<port>[0-9]{1,5})")
+_OVERPROVISIONING_PERCENT: Final = 1_000_000
+"""Makes one ready endpoint of up to ten thousand enough to get all traffic. Envoy's default of 140
+would send some to those that are not ready as soon as more than two of seven are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class EdsEndpoint:
     """Model names that it answers to, the preferred one first."""
     expert: str
     ready: bool = True
-    """Not ready: Envoy is told that it is unhealthy; else Envoy's own checks decide."""
+    """Not ready: Envoy uses it only where no ready endpoint is alive by Envoy's own checks."""
 
 
 # --- Protocol ----------------------------------------------------------------------------
@@ -120,7 +122,8 @@ def merge_endpoints(endpoints: Iterable[EdsEndpoint]) -> tuple[EdsEndpoint, ...]
     """
     merged: dict[str, EdsEndpoint] = {}
     for endpoint in endpoints:
-        split_address(endpoint.address)
+        if split_address(endpoint.address)[1] == 0:
+            raise ValueError(f"{endpoint.address!r} has no port")
         if any("," in name for name in (*endpoint.served_models, endpoint.expert)):
             raise ValueError(f"comma in a name of {endpoint.address}")
         known = merged.get(endpoint.address)
@@ -138,22 +141,6 @@ def _join(first: EdsEndpoint, second: EdsEndpoint) -> EdsEndpoint:
     )
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """``ip:port`` or ``[ipv6]:port`` as IP and port.
-
-    Raises ``ValueError`` if it is neither; host names are not resolved.
-    """
-    match = _ADDRESS.fullmatch(address)
-    if match is None or not 1 <= int(match["port"]) <= 65535:
-        raise ValueError(f"{address!r} is no ip:port")
-    v4, v6 = match["v4"], match["v6"]
-    try:
-        ip = ipaddress.IPv6Address(v6) if v4 is None else ipaddress.IPv4Address(v4)
-    except ipaddress.AddressValueError:
-        raise ValueError(f"{address!r} is no ip:port") from None
-    return str(ip), int(match["port"])
-
-
 def load_assignment(cluster: str, endpoints: Sequence[EdsEndpoint]) -> Message:
     """The ClusterLoadAssignment message of merged endpoints."""
     groups = [
@@ -161,8 +148,10 @@ def load_assignment(cluster: str, endpoints: Sequence[EdsEndpoint]) -> Message:
             lb_endpoints=[_lb_endpoint(endpoint) for endpoint in endpoints]
         )
     ]
+    policy = endpoint_pb2.ClusterLoadAssignment.Policy()
+    policy.overprovisioning_factor.value = _OVERPROVISIONING_PERCENT
     assignment: Message = endpoint_pb2.ClusterLoadAssignment(
-        cluster_name=cluster, endpoints=groups if endpoints else []
+        cluster_name=cluster, endpoints=groups if endpoints else [], policy=policy
     )
     return assignment
 
@@ -173,7 +162,9 @@ def _lb_endpoint(endpoint: EdsEndpoint) -> Message:
     metadata.filter_metadata[METADATA_NAMESPACE].update(
         {"served_models": ",".join(endpoint.served_models), "expert": endpoint.expert}
     )
-    status = health_check_pb2.UNKNOWN if endpoint.ready else health_check_pb2.UNHEALTHY
+    # Not UNHEALTHY: that would keep out, while nobody is there to take it back, also an endpoint
+    # that lives again. Envoy's own checks tell the dead ones.
+    status = health_check_pb2.UNKNOWN if endpoint.ready else health_check_pb2.DEGRADED
     lb_endpoint: Message = endpoint_components_pb2.LbEndpoint(
         endpoint=endpoint_components_pb2.Endpoint(
             address=address_pb2.Address(

@@ -82,7 +82,7 @@ def live_state(service: RoutingService) -> dict[str, object]:
         "in_flight": len(state),
         "tracked": len(service.tracker),
         "snapshots": {
-            f"{s.namespace}/{s.policy}": {"version": s.version, "generation": s.generation}
+            s.full_name: {"version": s.version, "generation": s.generation}
             for s in service.snapshots
         },
         "endpoints": {

@@ -51,9 +51,13 @@ class Metrics:
             "pointsman_untracked", "Decisions not counted in flight: no usable x-request-id.",
             registry=r,
         )  # fmt: skip
+        self.undecided = Counter(
+            "pointsman_undecided", "Requests served without a decision: Envoy failed open.",
+            registry=r,
+        )  # fmt: skip
         self.expired = Counter(
             "pointsman_expired", "In-flight entries dropped because no end was ever seen.",
-            registry=r,
+            ["reason"], registry=r,
         )  # fmt: skip
         self.latency_per_token = Histogram(
             "pointsman_latency_per_token_seconds", "(Last token - arrival) / output tokens.",

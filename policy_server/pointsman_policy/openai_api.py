@@ -5,12 +5,20 @@ Follows the API reference of chat completions, completions, models and errors
 else in a request travels on untouched.
 """
 
+import json
+import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
 
 _T = TypeVar("_T")
+
+_MODEL_MEMBER = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
+"""A member ``model`` with a string value. Never inside a string: its quotes are escaped there."""
+
+MAX_MESSAGES = 10_000
+"""Messages of one request: beyond any conversation, and quick to read."""
 
 CHARS_PER_TOKEN = 4.0
 """Rule of thumb for English text; the router has no tokenizer of its own."""
@@ -71,11 +79,21 @@ class CompletionRequest:
     prompt_tokens: int
     max_output_tokens: int | None
     streams: bool
-    document: dict[str, Any]
+    body: bytes
 
     def with_model(self, served_name: str) -> bytes:
-        """The same request for another model, as JSON."""
-        return orjson.dumps(self.document | {"model": served_name})
+        """The same request for another model; all else stays as it was, byte for byte.
+
+        Only where the bytes alone do not tell which ``model`` is the request's own (nested
+        ones, repeats) the document is written anew, with every value kept.
+        """
+        found = list(_MODEL_MEMBER.finditer(self.body))
+        if len(found) == 1:
+            start, end = found[0].span(1)
+            return self.body[:start] + orjson.dumps(served_name) + self.body[end:]
+        # Not by orjson: it turns integers beyond 64 bits into floats.
+        document = json.loads(self.body) | {"model": served_name}
+        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
@@ -94,7 +112,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
         prompt_tokens=tokens,
         max_output_tokens=_max_output_tokens(document),
         streams=_stream(document),
-        document=document,
+        body=body,
     )
 
 
@@ -167,9 +185,12 @@ def _max_output_tokens(document: dict[str, Any]) -> int | None:
         value = document.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int):
             raise _wrong_type(name, "an integer of at least 1")
-        return int(value)
+        if value < 1:
+            message = f"Invalid value for `{name}`: expected an integer of at least 1."
+            raise ApiError(400, "invalid_value", message, param=name)
+        return value
     return None
 
 
@@ -177,6 +198,11 @@ def _prompt(document: dict[str, Any]) -> tuple[str, int]:
     """Text of the prompt, and its estimated length in tokens (at least 1)."""
     if "messages" in document:
         messages = _typed(document["messages"], list, "messages", "an array of objects")
+        if len(messages) > MAX_MESSAGES:
+            message = (
+                f"`messages` has {len(messages)} entries; at most {MAX_MESSAGES} are accepted."
+            )
+            raise ApiError(400, "invalid_value", message, param="messages")
         text = "\n".join(_message_text(message, i) for i, message in enumerate(messages))
         return text, _estimate(text)
     if "prompt" in document:

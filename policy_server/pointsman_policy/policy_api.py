@@ -14,7 +14,6 @@ from pointsman_policy.service import (
     Limits,
     RoutingService,
     make_request,
-    policy_name,
 )
 from pointsman_proto.v1 import pointsman_pb2 as pb
 from pointsman_proto.v1.pointsman_pb2_grpc import PolicyServiceServicer
@@ -105,7 +104,7 @@ def _limit(request: pb.DecideRequest, name: str) -> float | None:
 def _decision(decision: Decision) -> pb.Decision:
     chosen = decision.chosen
     return pb.Decision(
-        policy=policy_name(decision.snapshot),
+        policy=decision.snapshot.full_name,
         snapshot_version=decision.snapshot.version,
         algorithm=str(decision.algorithm),
         rejected=chosen is None,

@@ -36,7 +36,7 @@ from pointsman_policy.watch import manifest_contents, watch_manifests
 from pointsman_proto.v1 import pointsman_pb2
 from pointsman_proto.v1.pointsman_pb2_grpc import add_PolicyServiceServicer_to_server
 
-EXPIRY_INTERVAL_S = 30.0
+EXPIRY_INTERVAL_S = 5.0
 
 HEALTH_SERVICES = (
     "",
@@ -48,9 +48,10 @@ HEALTH_SERVICES = (
 )
 """Names under which probes may ask: gRPC's own, and those of the endpoint-picker protocol."""
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 _GRPC_OPTIONS = [
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.max_concurrent_streams", 65_536),
 ]
 
@@ -127,7 +128,7 @@ class PolicyServer:
         for snapshot in compiled.snapshots:
             log.info(
                 "snapshot in force",
-                policy=f"{snapshot.namespace}/{snapshot.policy}",
+                policy=snapshot.full_name,
                 version=snapshot.version,
                 candidates=len(snapshot.candidates),
             )
@@ -172,8 +173,9 @@ class PolicyServer:
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(EXPIRY_INTERVAL_S)
-            before = self.service.clock() - self._settings.request_ttl_s
-            dropped = self.service.tracker.expire(before_s=before)
+            now, tracker = self.service.clock(), self.service.tracker
+            dropped = tracker.reconcile(now_s=now)
+            dropped += tracker.expire(before_s=now - self._settings.request_ttl_s)
             if dropped:
                 log.warning("in-flight entries expired", count=dropped)
 
@@ -205,7 +207,9 @@ class PolicyServer:
 
     @contextlib.asynccontextmanager
     async def _grpc(self) -> AsyncIterator[None]:
-        server = grpc.aio.server(options=_GRPC_OPTIONS)
+        # The body, and room for the rest of its message.
+        longest = ("grpc.max_receive_message_length", self._settings.body_limit_bytes + 65_536)
+        server = grpc.aio.server(options=[*_GRPC_OPTIONS, longest])
         ext_proc = ExtProcServicer(self.service, body_limit_bytes=self._settings.body_limit_bytes)
         add_ExternalProcessorServicer_to_server(ext_proc, server)
         add_EndpointDiscoveryServiceServicer_to_server(self._eds, server)
@@ -239,5 +243,12 @@ def _target(candidate: Candidate) -> Target:
 
 def _on_signals(callback: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, callback)
+
+    def first() -> None:
+        for name in _SIGNALS:  # a second one ends the process at once
+            loop.remove_signal_handler(name)
+            signal.signal(name, signal.SIG_DFL)
+        callback()
+
+    for name in _SIGNALS:
+        loop.add_signal_handler(name, first)

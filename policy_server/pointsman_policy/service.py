@@ -5,12 +5,13 @@ API and the benchmarks all call this. One event loop owns it; nothing here block
 """
 
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pointsman_core.observation import Request
-from pointsman_core.router import OVER_LIMIT, Decision, Router
+from pointsman_core.router import Decision, Rejection, Router
 from pointsman_core.snapshot import Candidate, Snapshot
 from pointsman_core.state import LiveState
 from pointsman_policy.metrics import Metrics
@@ -76,7 +77,7 @@ class RoutingService:
         self.state.set_endpoints(c.address for s in snapshots for c in s.candidates)
         routers = {}
         for snapshot in snapshots:
-            key = policy_name(snapshot)
+            key = snapshot.full_name
             old = self._routers.get(key)
             unchanged = old is not None and old.snapshot.version == snapshot.version
             routers[key] = old if old and unchanged else self._make_router(snapshot)
@@ -85,7 +86,10 @@ class RoutingService:
         self._show_snapshots()
 
     def _make_router(self, snapshot: Snapshot) -> Router:
-        return Router(snapshot, self.state, seed=self._seed)
+        # Each policy draws a sequence of its own.
+        name = zlib.crc32(snapshot.full_name.encode())
+        seed = None if self._seed is None else self._seed ^ name
+        return Router(snapshot, self.state, seed=seed)
 
     def _show_snapshots(self) -> None:
         self.metrics.snapshot_info.clear()
@@ -143,7 +147,7 @@ class RoutingService:
         if request_id is not None:
             self._remember(request_id, decision)
         if decision.chosen is None:
-            raise rejection(decision)
+            raise rejection_error(decision)
         self.tracker.decided(request_id, decision)
         return decision
 
@@ -157,12 +161,13 @@ class RoutingService:
             self._recent.popitem(last=False)
 
     def _count(self, decision: Decision, elapsed_s: float) -> None:
-        policy = policy_name(decision.snapshot)
+        policy = decision.snapshot.full_name
         self.metrics.decision_seconds.labels(decision.algorithm).observe(elapsed_s)
         if decision.fallback_reason is not None:
             self.metrics.fallbacks.labels(policy, decision.algorithm).inc()
         if decision.chosen is None:
-            self.metrics.rejections.labels(policy, _reason(decision)).inc()
+            code = _CODES[decision.rejection or Rejection.NO_READY_ENDPOINT]
+            self.metrics.rejections.labels(policy, code).inc()
         else:
             self.metrics.decisions.labels(policy, decision.algorithm, decision.chosen.expert).inc()
 
@@ -226,22 +231,22 @@ def _parse_limit(headers: Mapping[str, str], name: str) -> float | None:
     return value
 
 
-def policy_name(snapshot: Snapshot) -> str:
-    """``namespace/name`` of the policy, as metrics and logs spell it."""
-    return f"{snapshot.namespace}/{snapshot.policy}"
+_CODES = {
+    Rejection.OVER_LIMIT: "over_limit",
+    Rejection.NO_READY_ENDPOINT: "no_ready_endpoint",
+}
 
 
-def rejection(decision: Decision) -> ApiError:
+def rejection_error(decision: Decision) -> ApiError:
     """The error that a client gets when no endpoint was chosen."""
-    policy = policy_name(decision.snapshot)
-    if _reason(decision) == "over_limit":
-        message = f"Rejected by policy {policy}: {decision.why}."
-        return ApiError(429, _reason(decision), message, headers=(("retry-after", "1"),))
-    total = len(decision.snapshot.candidates)
-    message = f"Policy {policy} has no endpoint for this request: 0 of {total} endpoints are ready."
-    return ApiError(503, _reason(decision), message)
-
-
-def _reason(decision: Decision) -> str:
-    # The fallback's decision tells after it why the policy's own algorithm failed.
-    return "over_limit" if decision.why.startswith(OVER_LIMIT) else "no_ready_endpoint"
+    snapshot = decision.snapshot
+    if decision.rejection is Rejection.OVER_LIMIT:
+        message = f"Rejected by policy {snapshot.full_name}: {Rejection.OVER_LIMIT}."
+        code = _CODES[Rejection.OVER_LIMIT]
+        return ApiError(429, code, message, headers=(("retry-after", "1"),))
+    total = len(snapshot.candidates)
+    message = (
+        f"Policy {snapshot.full_name} has no endpoint for this request:"
+        f" 0 of {total} endpoints are ready."
+    )
+    return ApiError(503, _CODES[Rejection.NO_READY_ENDPOINT], message)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pointsman_core.router import Decision
-from pointsman_core.state import LiveState
+from pointsman_core.state import SURPLUS_AFTER_S, LiveState
 from pointsman_policy.answers import TokenCounter, WholeCounter, counter_for
 from pointsman_policy.metrics import Metrics
 
@@ -44,6 +44,17 @@ class Tracked:
     first_token_s: float | None = None
     last_token_s: float | None = None
     counter: TokenCounter = field(default_factory=WholeCounter)
+
+    @property
+    def address(self) -> str | None:
+        """Where it is: where it was answered, or where it was sent."""
+        chosen = self.decision.chosen if self.decision is not None else None
+        return self.served_by or (chosen.address if chosen is not None else None)
+
+    @property
+    def heard_s(self) -> float:
+        """When there was last a sign of it."""
+        return self.last_token_s or self.arrival_s
 
 
 class RequestTracker:
@@ -118,7 +129,7 @@ class RequestTracker:
         if known.served_by != decision.chosen.address:
             known.expert = known.served_expert or known.expert
             self._state.move(request_id, known.served_by)
-            self._metrics.retries.labels(_policy(decision)).inc()
+            self._metrics.retries.labels(decision.snapshot.full_name).inc()
 
     def received(self, request_id: str, chunk: bytes, *, now_s: float) -> None:
         """A piece of the answer passed."""
@@ -142,6 +153,8 @@ class RequestTracker:
             self._ended.popitem(last=False)
         if known.decision is not None:
             self._count(known, known.decision, complete=complete, now_s=now_s)
+        elif known.served_by:
+            self._metrics.undecided.inc()
 
     def expire(self, *, before_s: float) -> int:
         """Drop what arrived before ``before_s``: its end was missed. Returns how many."""
@@ -149,11 +162,33 @@ class RequestTracker:
         for request_id in old:
             del self._tracked[request_id]
             self._state.finish(request_id)
-        self._metrics.expired.inc(len(old))
+        self._metrics.expired.labels("too_old").inc(len(old))
         return len(old)
 
+    def reconcile(self, *, now_s: float) -> int:
+        """Take out of the table what the engines' own gauges say is not there any more.
+
+        For each endpoint that long has fewer requests than the table, the oldest ones from
+        which nothing was heard lately. Returns how many. Their ends, if they still come,
+        are counted as ever.
+        """
+        quiet_before = now_s - SURPLUS_AFTER_S
+        dropped = 0
+        for address in self._state.addresses:
+            surplus = self._state.surplus(address, now_s=now_s)
+            if not surplus:
+                continue
+            quiet = sorted(
+                (known.arrival_s, request_id)
+                for request_id, known in self._tracked.items()
+                if known.address == address and known.heard_s < quiet_before
+            )
+            dropped += sum(self._state.finish(i) for _, i in quiet[:surplus])
+        self._metrics.expired.labels("not_at_engine").inc(dropped)
+        return dropped
+
     def _count(self, known: Tracked, decision: Decision, *, complete: bool, now_s: float) -> None:
-        labels = (_policy(decision), known.expert or "")
+        labels = (decision.snapshot.full_name, known.expert or "")
         outcome = _outcome(known, complete=complete)
         self._metrics.completions.labels(*labels, outcome).inc()
         tokens = known.counter.total
@@ -174,7 +209,3 @@ def _outcome(known: Tracked, *, complete: bool) -> Outcome:
     if not complete:
         return Outcome.ABORTED
     return Outcome.ERROR if known.status >= 400 else Outcome.OK
-
-
-def _policy(decision: Decision) -> str:
-    return f"{decision.snapshot.namespace}/{decision.snapshot.policy}"

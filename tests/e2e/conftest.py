@@ -196,6 +196,48 @@ class Site:
         assert status == 200, "no request got through"
         await self.until_empty()
 
+    async def until_connected(self) -> None:
+        """Wait until all engines are ready and Envoy knows them and the server; asks for nothing.
+
+        For engines that do not answer: `until_routed` would wait in vain.
+        """
+        await self.until(lambda s: all(e["ready"] for e in s["endpoints"].values()), "all ready")
+        await self.until_stat("cluster.policy_server.membership_healthy", 1)
+        await self.until_stat("cluster.experts.membership_healthy", len(self.engines))
+
+    async def until_stat(self, name: str, wanted: int) -> None:
+        """Wait until one of Envoy's counters or gauges has a value."""
+        assert self.envoy is not None
+        seen = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                while (seen := (await self.envoy.stats()).get(name)) != wanted:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+        assert seen == wanted, name
+
+    async def until_announced(self, name: str, status: str) -> None:
+        """Wait until Envoy was told this health of an engine, as EDS spells it."""
+        assert self.envoy is not None
+        seen: dict[str, str] = {}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                while seen.get(self.addresses[name]) != status:
+                    seen = await self._announced()
+                    await asyncio.sleep(0.02)
+        assert seen.get(self.addresses[name]) == status
+
+    async def _announced(self) -> dict[str, str]:
+        assert self.envoy is not None
+        async with self.session.get(f"{self.envoy.admin_url}/clusters?format=json") as response:
+            clusters = (await response.json(content_type=None))["cluster_statuses"]
+        (hosts,) = (c.get("host_statuses", []) for c in clusters if c["name"] == "experts")
+        return {
+            "{address}:{port_value}".format(**host["address"]["socket_address"]): host[
+                "health_status"
+            ].get("eds_health_status", "")
+            for host in hosts
+        }
+
     async def until_routed_again(self) -> None:
         """Wait until decisions come from the policy server once more."""
         await self._until_headers(lambda headers: "x-pointsman-policy" in headers, "routed again")
@@ -254,14 +296,15 @@ async def bare_site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 @contextlib.asynccontextmanager
-async def front(site: Site) -> AsyncIterator[Site]:
-    """Put policy server and Envoy in front of the site's engines."""
+async def front(site: Site, *, answers: bool = True, **settings: Any) -> AsyncIterator[Site]:
+    """Put policy server and Envoy in front of the site's engines, which may answer nothing."""
     site.write_manifests()
     await site.start_server()
-    settings = EnvoySettings(listen_port=0, admin_port=0, policy_server_address=site.grpc_address)
-    async with running_envoy(settings, log_path=site.folder / "envoy.log") as envoy:
+    ports = {"listen_port": 0, "admin_port": 0, "policy_server_address": site.grpc_address}
+    log = site.folder / "envoy.log"
+    async with running_envoy(EnvoySettings(**ports, **settings), log_path=log) as envoy:
         site.envoy = envoy
-        await site.until_routed()
+        await (site.until_routed() if answers else site.until_connected())
         yield site
 
 
@@ -275,7 +318,7 @@ async def site(bare_site: Site) -> AsyncIterator[Site]:
 
 
 @pytest.fixture
-def in_front() -> Callable[[Site], contextlib.AbstractAsyncContextManager[Site]]:
+def in_front() -> Callable[..., contextlib.AbstractAsyncContextManager[Site]]:
     return front
 
 

@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+import yarl
 
 CHAT = "/v1/chat/completions"
 GOOD = {"model": "auto", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
@@ -14,11 +15,21 @@ GOOD_BODY = json.dumps(GOOD).encode()
 async def send(site, *, method="POST", path=CHAT, data=b"", headers=None):
     async with site.session.request(
         method,
-        f"{site.url}{path}",
+        yarl.URL(f"{site.url}{path}", encoded=True),
         data=data,
         headers={"content-type": "application/json"} | (headers or {}),
     ) as response:
         return response.status, json.loads(await response.read())["error"]
+
+
+COUNTERS = ("downstream_rq_4xx", "rq_direct_response", "downstream_rq_too_large")
+
+
+def counted(before, after):
+    """What Envoy itself counted of mistakes in between."""
+    names = {name: f"http.clients.{name}" for name in COUNTERS}
+    grown = {name: after.get(key, 0) - before.get(key, 0) for name, key in names.items()}
+    return {name: count for name, count in grown.items() if count}
 
 
 BAD = [
@@ -51,20 +62,58 @@ async def test_each_mistake_has_its_error_and_its_count(site):
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("POST", "/v1/embeddings", 404), ("GET", "/", 404), ("GET", CHAT, 405)],
+    [
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/", 404),
+        ("GET", CHAT, 405),
+        ("POST", "/v1/models", 405),
+        ("POST", "/v1%2fchat/completions", 404),
+    ],
 )
 async def test_unsupported_paths_and_methods(site, method, path, status):
+    before = await site.envoy.stats()
     got, error = await send(site, method=method, path=path)
     assert got == status
     assert error["type"] == "invalid_request_error"
+    assert counted(before, await site.envoy.stats()) == {
+        "downstream_rq_4xx": 1,
+        "rq_direct_response": 1,
+    }
 
 
 async def test_a_body_over_the_limit_is_413(site):
     body = b'{"model": "' + b"a" * 5_000_000 + b'"}'
+    before = await site.envoy.stats()
     status, error = await send(site, data=io.BytesIO(body))
     assert status == 413
     assert error["code"] == "request_too_large"
+    assert counted(before, await site.envoy.stats()) == {
+        "downstream_rq_4xx": 1,
+        "downstream_rq_too_large": 1,
+    }
     await site.until_empty()
+
+
+async def test_bad_http_is_400(site):
+    before = await site.envoy.stats()
+    status, error = await send(site, path="/v1/%00")
+    assert (status, error["code"]) == (400, "bad_request")
+    assert set(error) == {"message", "type", "param", "code"}
+    assert counted(before, await site.envoy.stats()) == {"downstream_rq_4xx": 1}
+
+
+async def test_a_models_name_may_have_a_slash(site):
+    site.declare_policy("slash", models=["auto/Random"])
+    site.write_manifests()
+    await site.until(lambda s: "default/slash" in s["snapshots"], "the new policy in force")
+    for method, length in (("GET", True), ("HEAD", False)):
+        url = yarl.URL(f"{site.url}/v1/models/auto%2FRandom", encoded=True)
+        async with site.session.request(method, url) as response:
+            assert response.status == 200
+            body = await response.read()
+        assert bool(body) is length
+        assert not body or json.loads(body)["id"] == "auto/Random"
+    assert (await site.ask(model="auto/Random"))[0] == 200
 
 
 async def test_a_large_body_within_the_limit_passes(site):

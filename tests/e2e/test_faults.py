@@ -8,8 +8,11 @@ import aiohttp
 import pytest
 
 
-async def load(site, *, count, stop=None, stream=False, max_tokens=8, pause=0.01):
-    """Requests in the background, ``count`` of them or until ``stop``; their statuses."""
+async def load(site, *, count, stop=None, stream=False, max_tokens=8, pause=0.01, begun=None):
+    """Requests in the background, ``count`` of them or until ``stop``; their statuses.
+
+    ``begun``, a semaphore, is released for each answer that begins.
+    """
 
     async def one():
         try:
@@ -23,6 +26,9 @@ async def load(site, *, count, stop=None, stream=False, max_tokens=8, pause=0.01
                     "stream": stream,
                 },
             ) as response:
+                if begun is not None:
+                    await response.content.readany()
+                    begun.release()
                 await response.read()
                 return response.status
         except aiohttp.ClientError as error:
@@ -74,7 +80,7 @@ async def test_a_killed_engine_costs_no_request_and_leaves_the_table(
     await kill_child(site.engines["bee"])
     killed = time.monotonic()
     await site.until(lambda s: not s["endpoints"][victim]["ready"], "the dead engine unready")
-    record_property("seconds_until_unready", time.monotonic() - killed)
+    record_property("seconds_until_unready", round(time.monotonic() - killed, 3))
     before = dict(await site.metric("pointsman_decisions_total"))
     answers = [await site.ask() for _ in range(20)]
     stop.set()
@@ -97,6 +103,24 @@ async def test_an_engine_that_comes_back_is_used_again(site, kill_child):
     await site.until_answered_by({"ant", "bee", "cow"})
 
 
+async def test_an_engine_that_comes_back_while_the_policy_server_is_away_is_used(site, kill_child):
+    """It was announced as not ready, and nobody is there to take that back."""
+    port = int(site.addresses["ant"].rpartition(":")[2])
+    await kill_child(site.engines["ant"])
+    await site.until_announced("ant", "DEGRADED")
+    await site.kill_server()
+    await site.start_engine("ant", port=port)
+    await site.until_stat("cluster.experts.membership_degraded", 1)
+    answers = [await site.ask() for _ in range(20)]
+    assert {document["model"] for _, _, document in answers} <= {"bee-model", "cow-model"}
+
+    await asyncio.gather(*(kill_child(site.engines[name]) for name in ("bee", "cow")))
+    await site.until_stat("cluster.experts.membership_healthy", 0)
+    answers = [await site.ask() for _ in range(20)]
+    assert [status for status, _, _ in answers] == [200] * 20
+    assert {document["model"] for _, _, document in answers} == {"ant-model"}
+
+
 async def test_all_engines_dead_is_503_with_the_reason(site, kill_child):
     for engine in site.engines.values():
         await kill_child(engine)
@@ -110,6 +134,14 @@ async def test_all_engines_dead_is_503_with_the_reason(site, kill_child):
     await site.until_empty()
 
 
+async def outcomes_of_ant(site):
+    """How requests to the engine ``ant`` ended, except well."""
+    completions = await site.metric("pointsman_completions_total")
+    of = 'expert="ant",outcome="{}",policy="default/auto"'.format
+    counts = {outcome: completions.get(of(outcome), 0) for outcome in ("error", "aborted")}
+    return {outcome: count for outcome, count in counts.items() if count}
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_an_engine_that_dies_in_the_middle_leaves_no_entry(
     bare_site, in_front, kill_child, stream
@@ -118,12 +150,50 @@ async def test_an_engine_that_dies_in_the_middle_leaves_no_entry(
     await bare_site.start_engine("ant", profile=slow)
     bare_site.declare_policy()
     async with in_front(bare_site) as site:
-        running = asyncio.create_task(load(site, count=3, stream=stream, max_tokens=400))
+        begun = asyncio.Semaphore(0) if stream else None
+        running = asyncio.create_task(
+            load(site, count=3, stream=stream, max_tokens=400, begun=begun)
+        )
         await site.until(lambda s: s["in_flight"] == 3, "three in flight")
+        for _ in range(3 if begun else 0):
+            await begun.acquire()
         await kill_child(site.engines["ant"])
         statuses = await running
-        assert 200 not in statuses or stream
         await site.until_empty()
+        # Of a whole answer nothing had passed: Envoy tried again, in vain.
+        assert await outcomes_of_ant(site) == ({"aborted": 3} if stream else {"error": 3})
+        assert set(statuses) == ({"ClientPayloadError"} if stream else {503})
+
+
+async def test_a_stalled_engine_leaves_no_entry(bare_site, in_front):
+    await bare_site.start_engine("ant", "--stall")
+    bare_site.declare_policy()
+    async with in_front(bare_site, answers=False, stream_idle_timeout_s=1) as site:
+        statuses = await load(site, count=3)
+        assert statuses == [504] * 3
+        await site.until_empty()
+        assert await outcomes_of_ant(site) == {"error": 3}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_engines_error_passes_unchanged_and_is_counted(bare_site, in_front, stream):
+    await bare_site.start_engine("ant", "--error-rate", "1")
+    bare_site.declare_policy()
+    body = {"model": "ant-model", "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
+
+    async def ask(url, **fields):
+        async with bare_site.session.post(
+            f"{url}/v1/chat/completions", json=body | fields
+        ) as response:
+            return response.status, response.content_type, await response.read()
+
+    async with in_front(bare_site, answers=False) as site:
+        engines_own = await ask(f"http://{site.addresses['ant']}")
+        assert engines_own[0] == 500
+        for _ in range(3):
+            assert await ask(site.url, model="auto") == engines_own
+        await site.until_empty()
+        assert await outcomes_of_ant(site) == {"error": 3}
 
 
 async def test_a_connection_dropped_by_the_engine_mid_stream_leaves_no_entry(bare_site, in_front):
@@ -133,8 +203,7 @@ async def test_a_connection_dropped_by_the_engine_mid_stream_leaves_no_entry(bar
         results = await load(site, count=5, stream=True, max_tokens=50)
         assert 200 not in results
         await site.until_empty()
-        outcomes = await site.metric("pointsman_completions_total")
-        assert outcomes['expert="ant",outcome="aborted",policy="default/auto"'] == 5
+        assert await outcomes_of_ant(site) == {"aborted": 5}
 
 
 async def test_a_client_that_goes_away_leaves_no_entry(bare_site, in_front):

@@ -17,22 +17,26 @@ RATE = 50.0
 MAX_TOKENS = 40
 
 
-def conv_arrivals() -> Arrivals:
-    """The Azure conv trace where the data is, else the synthetic generator's Poisson arrivals."""
+def conv_arrivals() -> tuple[Arrivals, str]:
+    """The Azure conv trace where the data is, else the synthetic generator's Poisson arrivals.
+
+    And which of both it is.
+    """
     folder = data_folder()
     trace = TRACES[WorkloadName.AZURE_CONV]
     if folder is None or not (folder / trace).is_file():
         means = {"any": dict.fromkeys(DOMAINS, 0.5)}
-        return synthetic(requests=REQUESTS, rate=RATE, seed=0, means=means).arrivals
+        return synthetic(requests=REQUESTS, rate=RATE, seed=0, means=means).arrivals, "synthetic"
     arrivals = parse_arrivals((folder / trace).read_text(), source=trace)
-    return arrivals.window(start=0, requests=REQUESTS, rate=RATE)
+    return arrivals.window(start=0, requests=REQUESTS, rate=RATE), trace
 
 
-async def test_a_thousand_requests_of_a_real_trace_lose_none(site):
+async def test_a_thousand_requests_of_a_real_trace_lose_none(site, record_property):
     site.declare_policy(algorithm="LatencyQualityGreedy")
     site.write_manifests()
     await site.until_answered_by(set(site.addresses), why="LatencyQualityGreedy", any_of=True)
-    arrivals = conv_arrivals()
+    arrivals, source = conv_arrivals()
+    record_property("arrivals", source)
     started = time.monotonic()
 
     async def one(i: int) -> tuple[int, int]:

@@ -1,12 +1,11 @@
 """The ``pointsman bench`` commands."""
 
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from pointsman_core.resources import Algorithm
+from pointsman_cli.deciders import parse_deciders
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,12 +13,12 @@ app = typer.Typer(
 )
 
 _Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
-_Deciders = Annotated[
-    str | None, typer.Option(help="Comma-separated algorithms; default: all of them.")
-]
+_Deciders = Annotated[str, typer.Option(help="Comma-separated algorithms, or 'all'.")]
 _Endpoints = Annotated[int, typer.Option(min=1, max=4096, help="Endpoints in the policy.")]
 _InFlight = Annotated[int, typer.Option(min=0, max=65_536, help="Requests on them.")]
 _Requests = Annotated[int, typer.Option(min=1, help="Decisions to measure per run.")]
+
+MAX_CLIENTS = 4096
 
 
 @app.command()
@@ -27,7 +26,7 @@ def decide(
     endpoints: _Endpoints = 16,
     in_flight: _InFlight = 256,
     requests: _Requests = 5000,
-    deciders: _Deciders = None,
+    deciders: _Deciders = "all",
     as_json: _Json = False,
 ) -> None:
     """One decision inside the server, without transport."""
@@ -38,7 +37,7 @@ def decide(
         endpoints=endpoints,
         in_flight=in_flight,
         requests=requests,
-        algorithms=_algorithms(deciders),
+        algorithms=parse_deciders(deciders),
     )
     show(runs, title="Decision inside the server", as_json=as_json, setting=_setting(requests))
 
@@ -51,7 +50,7 @@ def ext_proc(
     endpoints: _Endpoints = 16,
     in_flight: _InFlight = 256,
     requests: _Requests = 3000,
-    deciders: _Deciders = None,
+    deciders: _Deciders = "all",
     as_json: _Json = False,
 ) -> None:
     """An ext_proc round trip over loopback: headers, 2 kB body, decision, end of stream."""
@@ -62,33 +61,26 @@ def ext_proc(
     from pointsman_cli.bench import ext_proc as bench
     from pointsman_cli.bench.report import show
 
-    clients = [int(text) if text.strip().isdigit() else 0 for text in concurrency.split(",")]
-    if min(clients) < 1:
-        message = f"{concurrency!r} is not a list of positive numbers"
-        raise typer.BadParameter(message, param_hint="--concurrency")
     measured = bench.run(
         endpoints=endpoints,
         in_flight=in_flight,
         requests=requests,
-        concurrency=clients,
-        algorithms=_algorithms(deciders),
+        concurrency=_clients(concurrency),
+        algorithms=parse_deciders(deciders),
     )
     runs = uvloop.run(measured)
     show(runs, title="ext_proc round trip", as_json=as_json, setting=_setting(requests))
 
 
-def _algorithms(names: str | None) -> "list[Algorithm]":
-    from pointsman_core.resources import Algorithm
-
-    if names is None:
-        return list(Algorithm)
-    by_name = {a.lower(): a for a in Algorithm}
-    wanted = [name.strip().lower() for name in names.split(",")]
-    unknown = [name for name in wanted if name not in by_name]
-    if unknown:
-        message = f"unknown: {', '.join(unknown)}; choose from {', '.join(Algorithm)}"
-        raise typer.BadParameter(message, param_hint="--deciders")
-    return [by_name[name] for name in wanted]
+def _clients(text: str) -> list[int]:
+    try:
+        clients = [int(number) for number in text.split(",")]
+    except ValueError:
+        clients = []
+    if not clients or not all(1 <= number <= MAX_CLIENTS for number in clients):
+        message = f"{text!r} is not a list of numbers from 1 to {MAX_CLIENTS}"
+        raise typer.BadParameter(message, param_hint="--concurrency")
+    return clients
 
 
 def _setting(requests: int) -> dict[str, object]:

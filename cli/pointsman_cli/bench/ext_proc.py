@@ -31,6 +31,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pointsman_cli.bench import site
 from pointsman_cli.bench.report import Timing, row
 from pointsman_core.resources import Algorithm
+from pointsman_policy.child import ending_with_parent
 
 START_TIMEOUT_S = 20.0
 WARM_UP = 50
@@ -169,12 +170,14 @@ async def _server(
         manifests = Path(folder) / "site.yaml"
         manifests.write_text(site.manifests(addresses, algorithms))
         target = f"unix://{folder}/policy.sock"
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "pointsman_cli.main", "policy-server"),
+        command = [
+            *(sys.executable, "-m", "pointsman_cli.main", "policy-server"),
             *("--manifests", str(manifests), "--grpc-address", target),
             *("--http-address", "127.0.0.1:0", "--log-level", "warning"),
-        )
+            # When this process is killed, nobody is left to wait for.
+            *("--drain-timeout", "0"),
+        ]
+        process = await asyncio.create_subprocess_exec(*ending_with_parent(command))
         try:
             async with grpc.aio.insecure_channel(target) as channel:
                 await _wait_serving(channel, process)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pointsman_cli.demo.options import DemoOptions, WorkloadName
+from pointsman_cli.deciders import parse_deciders
+from pointsman_cli.demo.options import MAX_LIMIT_MS, DemoOptions, WorkloadName
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from pointsman_cli.demo.results import DemoReport
-    from pointsman_core.resources import Algorithm
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it."""
@@ -21,11 +21,16 @@ INTERRUPTED = 130
 
 def demo(
     seconds: Annotated[
-        float, typer.Option(min=1, max=3600, help="Seconds of arrivals under each decider.")
+        float,
+        typer.Option(min=1, max=3600, help="Seconds of arrivals under each decider."),
     ] = 20.0,
     rate: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Requests per second; default: about 70 % of capacity."),
+        typer.Option(
+            min=0.01,
+            max=10_000,
+            help="Requests per second; default: about 70 % of capacity.",
+        ),
     ] = None,
     deciders: Annotated[
         str, typer.Option(help="Comma-separated algorithms; 'all', or 'none' to only serve.")
@@ -49,7 +54,11 @@ def demo(
     ] = WorkloadName.AUTO,
     limit_ms: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Limit in ms per output token; default: the policy's."),
+        typer.Option(
+            min=0.1,
+            max=MAX_LIMIT_MS,
+            help="Limit in ms per output token; default: the policy's.",
+        ),
     ] = None,
 ) -> None:
     """Run each decider in turn against a site of simulated engines, through a real Envoy."""
@@ -57,40 +66,19 @@ def demo(
 
     from pointsman_cli.demo.data import repository_root
 
+    chosen = parse_deciders(deciders, none_allowed=True)
     options = DemoOptions(
         seconds=seconds,
         rate=rate,
-        deciders=parse_deciders(deciders),
+        deciders=chosen,
         manifests=manifests or repository_root() / "examples" / "edge-site",
         output_dir=output_dir,
         workload=workload,
         limit_ms=limit_ms,
         seed=seed,
-        keep_running=keep_running or not parse_deciders(deciders),
+        keep_running=keep_running or not chosen,
     )
     raise typer.Exit(_run(options, Console(stderr=True), as_json=as_json))
-
-
-def parse_deciders(text: str) -> "tuple[Algorithm, ...]":
-    """Algorithms by name, case ignored, in the order given and without repeats.
-
-    Raises typer.BadParameter for a name that is none.
-    """
-    from pointsman_core.resources import Algorithm
-
-    known = {algorithm.lower(): algorithm for algorithm in Algorithm}
-    names = [name.strip().lower() for name in text.split(",") if name.strip()]
-    if names == ["none"]:
-        return ()
-    if names == ["all"]:
-        return tuple(known.values())
-    if not names or (unknown := [name for name in names if name not in known]):
-        wrong = ", ".join(unknown) if names else "nothing"
-        raise typer.BadParameter(
-            f"{wrong}: choose from {', '.join(Algorithm)}, or all, or none",
-            param_hint="--deciders",
-        )
-    return tuple(dict.fromkeys(known[name] for name in names))
 
 
 def _run(options: DemoOptions, console: "Console", *, as_json: bool) -> int:

@@ -1,7 +1,7 @@
 """What is seen while a run goes on; on standard error, as plain lines without a terminal.
 
-The QoS of a run under way is not shown: early in a run only quick answers are in, which
-flatters every decider.
+The QoS of a run is shown when it is over. Of the one under way only the share in time is,
+and labelled: early in a run only quick answers are in, which flatters every decider.
 """
 
 import asyncio
@@ -80,7 +80,15 @@ def _count(value: object) -> int:
 class DemoView:
     """Draws the runs that are over and the one under way."""
 
-    def __init__(self, console: Console, session: aiohttp.ClientSession, debug_url: str) -> None:
+    def __init__(
+        self,
+        console: Console,
+        session: aiohttp.ClientSession,
+        debug_url: str,
+        *,
+        limit_ms: float,
+    ) -> None:
+        self._limit_ms = limit_ms
         self._console = console
         self._session = session
         self._debug_url = debug_url
@@ -112,14 +120,17 @@ class DemoView:
         with Live(console=self._console, auto_refresh=False, transient=True) as live:
             while True:
                 await self._poll()
-                live.update(render(decider, progress, self.in_flight), refresh=True)
+                picture = render(
+                    decider, progress, self.in_flight, self._finished, limit_ms=self._limit_ms
+                )
+                live.update(picture, refresh=True)
                 await asyncio.sleep(REFRESH_S)
 
     async def _lines(self, decider: str, progress: Progress) -> None:
         while True:
             await asyncio.sleep(PLAIN_LINE_EVERY_S)
             await self._poll()
-            line = f"{decider}: {status_line(progress)}"
+            line = f"{decider}: {status_line(progress, limit_ms=self._limit_ms)}"
             self._console.print(line, highlight=False, soft_wrap=True)
 
     async def _poll(self) -> None:
@@ -128,8 +139,8 @@ class DemoView:
             self.in_flight = await ask_in_flight(self._session, self._debug_url)
 
 
-def status_line(progress: Progress) -> str:
-    """Counts and running percentiles of a run under way."""
+def status_line(progress: Progress, *, limit_ms: float) -> str:
+    """Counts, share in time and running percentiles of a run under way."""
     latencies = [ms for o in progress.finished[-200:] if (ms := o.ms_per_token) is not None]
     text = (
         f"{progress.sent} of {progress.total} sent, {progress.in_flight} in flight,"
@@ -137,18 +148,51 @@ def status_line(progress: Progress) -> str:
         f" {progress.endings[Ending.FAILED]} failed,"
         f" {progress.endings[Ending.REJECTED]} rejected"
     )
+    if progress.finished:
+        share = _in_time(progress, limit_ms) / len(progress.finished)
+        text += f"; {share:.0%} in time so far (early: quick answers come first)"
     if latencies:
         p50, p99 = np.percentile(latencies, [50, 99])
         text += f"; last {len(latencies)} answers p50 {p50:.0f}, p99 {p99:.0f} ms/token so far"
     return text
 
 
-def render(decider: str, progress: Progress, in_flight: InFlight) -> Group:
-    """The live picture: progress, counts, and a bar per endpoint."""
+def _in_time(progress: Progress, limit_ms: float) -> int:
+    """Answers so far that kept the limit."""
+    latencies = (outcome.ms_per_token for outcome in progress.finished)
+    return sum(ms is not None and ms <= limit_ms for ms in latencies)
+
+
+def render(
+    decider: str,
+    progress: Progress,
+    in_flight: InFlight,
+    finished: Sequence[RunResult],
+    *,
+    limit_ms: float,
+) -> Group:
+    """The live picture: QoS of the runs that are over, then the run under way.
+
+    Of that one progress, counts, and a bar per endpoint.
+    """
     head = Table.grid(padding=(0, 1))
     bar = ProgressBar(total=progress.total, completed=len(progress.finished), width=BAR_WIDTH)
     head.add_row(Text(decider, style="bold"), bar)
-    return Group(head, Text(status_line(progress)), queue_bars(in_flight))
+    status = Text(status_line(progress, limit_ms=limit_ms))
+    return Group(qos_bars(finished), head, status, queue_bars(in_flight))
+
+
+def qos_bars(finished: Sequence[RunResult]) -> Table:
+    """Average QoS of each run that is over, a full bar being 1; the best one stands out."""
+    table = Table.grid(padding=(0, 1))
+    best = max((run.average_qos for run in finished), default=0.0)
+    for run in finished:
+        colour = "green" if run.average_qos == best else "cyan"
+        bar = Text("█" * round(run.average_qos * BAR_WIDTH), style=colour)
+        bar.append("·" * (BAR_WIDTH - len(bar)), style="dim")
+        value = f"QoS {run.average_qos:.3f}±{run.average_qos_95:.2f}"
+        table.add_row(Text(run.decider), bar, value, f"{run.violation_rate:.0%} late")
+    return table
 
 
 def queue_bars(in_flight: InFlight) -> Table:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pointsman_core.resources import Algorithm
 
+MAX_LIMIT_MS = 600_000.0
+"""As a RoutingPolicy allows."""
+
 
 class WorkloadName(StrEnum):
     """Arrivals and prompts to choose from; ``auto`` takes real data where present."""

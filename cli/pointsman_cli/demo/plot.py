@@ -1,5 +1,6 @@
 """The closing plot: what became of the requests, and how fast the answers were."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,14 +20,24 @@ PARTS = (
     ("rejected", "rejected", "#CCCCCC", ".."),
     ("failed", "failed", "#D55E00", "xx"),
 )
+# Colour, dashes and marker all differ, so that any one of them tells the lines apart.
 LINES = (
-    ("#0072B2", "-"),
-    ("#D55E00", "--"),
-    ("#009E73", "-."),
-    ("#CC79A7", ":"),
-    ("#000000", (0, (6, 1, 1, 1, 1, 1))),
-    ("#E69F00", (0, (3, 1))),
+    ("#0072B2", "-", "o"),
+    ("#D55E00", "--", "s"),
+    ("#009E73", "-.", "^"),
+    ("#CC79A7", ":", "D"),
+    ("#000000", (0, (8, 2, 1, 2, 1, 2)), "v"),
+    ("#56B4E9", (0, (2, 2)), "X"),
 )
+MAX_TICKS = 12
+TICK_DIGITS = (
+    (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
+    (1, 1.5, 2, 3, 4, 5, 7),
+    (1, 2, 3, 5),
+    (1, 3),
+    (1,),
+)
+"""Leading digits of labelled ticks, the densest first."""
 
 
 def draw(report: DemoReport, path: Path) -> None:
@@ -82,7 +93,7 @@ def _draw_latencies(axes: "Axes", runs: Sequence[RunResult], limit_ms: float) ->
     for number, run in enumerate(runs):
         if not run.ms_per_token:
             continue
-        colour, style = LINES[number % len(LINES)]
+        colour, style, marker = LINES[number % len(LINES)]
         share = np.arange(1, len(run.ms_per_token) + 1) / run.requests
         axes.step(
             run.ms_per_token,
@@ -91,22 +102,37 @@ def _draw_latencies(axes: "Axes", runs: Sequence[RunResult], limit_ms: float) ->
             color=colour,
             linestyle=style,
             linewidth=1.8,
+            marker=marker,
+            # By distance on the page, and apart from the other lines' markers.
+            markevery=(0.02 * number, 0.14),
+            markersize=6,
             label=run.decider,
         )
     axes.axvline(limit_ms, color="#555555", linewidth=1)
     axes.text(limit_ms, 1.005, f"limit {limit_ms:g} ms", ha="center", va="bottom", fontsize=9)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if _leads(value) else "")
+    low, high = axes.get_xlim()
+    ticks = latency_ticks(low, high)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(low, high)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_xlabel("latency per output token (ms, logarithmic)")
     axes.set_ylabel("requests answered at least this fast")
     axes.set_title("How fast the answers were", pad=18)
-    axes.grid(visible=True, which="both", alpha=0.25)
-    axes.legend(loc="lower right")
+    axes.grid(visible=True, alpha=0.25)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", handlelength=4)
 
 
-def _leads(value: float) -> bool:
-    """Whether a minor tick of a logarithmic axis gets a label: 2 and 5 times a power."""
-    return f"{value:e}"[0] in "25"
+def latency_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from ``low`` to ``high`` for a logarithmic axis, as many as have room."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for digits in TICK_DIGITS:
+        every = [digit * 10.0**decade for decade in decades for digit in digits]
+        ticks = [tick for tick in every if low <= tick <= high]
+        if len(ticks) <= MAX_TICKS:
+            break
+    return ticks

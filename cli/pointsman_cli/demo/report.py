@@ -18,6 +18,7 @@ def write_json(report: DemoReport, path: Path) -> None:
 def print_report(console: Console, report: DemoReport) -> None:
     """Show the results, then what limits them."""
     console.print(results_table(report))
+    console.print()
     console.print(experts_table(report))
     for warning in report.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
@@ -41,10 +42,10 @@ def results_table(report: DemoReport) -> Table:
         "late",
         "p50 ms\n/token",
         "p99 ms\n/token",
-        "mean\nquality",
+        "mean\nscore",
         "failed",
-        "re-\njct.",
-        "tokens\n/s",
+        "rejected",
+        "token\n/s",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     best = max((run.average_qos for run in report.runs), default=0.0)
@@ -58,9 +59,9 @@ def _cells(run: RunResult) -> tuple[str, ...]:
         run.decider,
         f"{run.average_qos:.3f}±{run.average_qos_95:.2f}",
         f"{run.violation_rate:.1%}",
-        _number(run.p50_ms_per_token, ".1f"),
-        _number(run.p99_ms_per_token, ".1f"),
-        _number(run.mean_quality, ".3f"),
+        _milliseconds(run.p50_ms_per_token),
+        _milliseconds(run.p99_ms_per_token),
+        "-" if run.mean_quality is None else f"{run.mean_quality:.3f}",
         str(run.failed),
         str(run.rejected),
         f"{run.output_tokens_per_second:.0f}",
@@ -91,11 +92,15 @@ def _table(title: str, *, caption: str | None = None) -> Table:
         title=title,
         caption=caption,
         box=box.SIMPLE_HEAD,
+        show_edge=False,
         padding=0,
         title_style="bold",
         caption_justify="left",
     )
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _milliseconds(value: float | None) -> str:
+    """At most six characters, for a column has no more."""
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"

@@ -50,6 +50,8 @@ class DemoPlan:
     max_input_tokens: int
     seconds: float
     seed: int
+    raised_first_ms: float | None = None
+    """The policy's limit on the first token where ``--limit-ms`` had to raise it as well."""
 
     def report(self) -> WorkloadReport:
         """The part of the report that all runs share."""
@@ -71,9 +73,11 @@ def prepare(options: DemoOptions) -> DemoPlan:
 
     Raises ManifestErrors, WorkloadError, DemoError.
     """
-    site = load_site(read_manifest_files([options.manifests]))
+    declared = site = load_site(read_manifest_files([options.manifests]))
     if options.limit_ms is not None:
-        site = with_limit(site, options.limit_ms)
+        site = with_limit(declared, options.limit_ms)
+    first_ms = declared.policy.spec.qos.time_to_first_token_ms
+    raised = site.policy.spec.qos.time_to_first_token_ms != first_ms
     limit_ms = site.policy.spec.qos.latency_per_token_ms
     context = min((e.spec.limits.context_tokens for e in site.experts), default=0)
     max_input_tokens = max(1, context - MAX_OUTPUT_TOKENS - 1)
@@ -100,6 +104,7 @@ def prepare(options: DemoOptions) -> DemoPlan:
         max_input_tokens=max_input_tokens,
         seconds=options.seconds,
         seed=options.seed,
+        raised_first_ms=first_ms if raised else None,
     )
 
 
@@ -120,7 +125,6 @@ async def run_demo(
             prepared.site,
             options.deciders,
             session,
-            manifests=options.manifests,
             log_folder=options.output_dir / "logs",
             seed=options.seed,
         ) as stack,
@@ -142,6 +146,12 @@ def introduce(console: Console, prepared: DemoPlan, options: DemoOptions) -> Non
             console,
             f"each decider: {len(prepared.workload)} requests in {prepared.seconds:g} s,"
             f" {prepared.rate:.2g}/s{load}, limit {prepared.limit_ms:g} ms per token",
+        )
+    if prepared.raised_first_ms is not None:
+        say(
+            console,
+            f"--limit-ms raises timeToFirstTokenMs from {prepared.raised_first_ms:g} too, which"
+            " may not be below",
         )
     say(console, f"starting engines, policy server and Envoy; logs in {options.output_dir}/logs")
 
@@ -171,7 +181,7 @@ async def _run_all(
     session: aiohttp.ClientSession,
     console: Console,
 ) -> DemoReport:
-    view = DemoView(console, session, stack.in_flight_url)
+    view = DemoView(console, session, stack.in_flight_url, limit_ms=prepared.limit_ms)
     grader = SiteGrader(stack.site, prepared.workload)
     runs: list[RunResult] = []
     for decider in deciders:

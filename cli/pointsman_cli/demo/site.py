@@ -7,14 +7,14 @@ arrivals.
 """
 
 import ipaddress
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import yaml
 
 from pointsman_core.manifests import compile_manifests
 from pointsman_core.quality import detect_domain, fold_keywords
-from pointsman_core.resources import Algorithm, LLMExpert, Resource, RoutingPolicy
+from pointsman_core.resources import Algorithm, LLMExpert, QoS, Resource, RoutingPolicy
 from pointsman_core.snapshot import selects
 
 
@@ -67,8 +67,14 @@ def _moved(expert: LLMExpert, moved: Mapping[tuple[str, str], str]) -> LLMExpert
 
 
 def with_limit(site: Site, limit_ms: float) -> Site:
-    """The same site with another limit on the latency per token."""
-    qos = site.policy.spec.qos.model_copy(update={"latency_per_token_ms": limit_ms})
+    """The same site with another limit on the latency per token.
+
+    A limit on the first token below that, which no policy may have, is raised to it.
+    """
+    fields = site.policy.spec.qos.model_dump() | {"latency_per_token_ms": limit_ms}
+    if (first_ms := site.policy.spec.qos.time_to_first_token_ms) is not None:
+        fields["time_to_first_token_ms"] = max(first_ms, limit_ms)
+    qos = QoS.model_validate(fields)
     spec = site.policy.spec.model_copy(update={"qos": qos})
     return Site(site.experts, site.policy.model_copy(update={"spec": spec}))
 
@@ -95,7 +101,11 @@ def clone_model(policy: RoutingPolicy, decider: Algorithm) -> str:
 def to_yaml(site: Site, deciders: Iterable[Algorithm]) -> str:
     """All manifests of the demo: the site and a clone of its policy for each decider."""
     clones = [clone_policy(site.policy, decider) for decider in deciders]
-    resources: Sequence[Resource] = [*site.experts, site.policy, *clones]
+    return manifests_of([*site.experts, site.policy, *clones])
+
+
+def manifests_of(resources: Iterable[Resource]) -> str:
+    """Resources as the YAML that they could have been read from."""
     documents = [r.model_dump(mode="json", by_alias=True, exclude_none=True) for r in resources]
     return str(yaml.safe_dump_all(documents, sort_keys=False))
 

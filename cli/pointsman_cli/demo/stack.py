@@ -21,7 +21,7 @@ from pointsman_cli.demo.processes import (
     free_port,
     wait_for_http,
 )
-from pointsman_cli.demo.site import Site, is_loopback, to_yaml, with_addresses
+from pointsman_cli.demo.site import Site, is_loopback, manifests_of, to_yaml, with_addresses
 from pointsman_core.resources import Algorithm, LLMExpert
 from pointsman_policy.envoy import EnvoySettings, EnvoyStartError, running_envoy
 
@@ -52,19 +52,18 @@ async def running_stack(
     deciders: Sequence[Algorithm],
     session: aiohttp.ClientSession,
     *,
-    manifests: Path,
     log_folder: Path,
     seed: int,
 ) -> AsyncIterator[Stack]:
     """Run everything until the end of the block.
 
-    ``manifests`` is where the experts' profiles were read; ``log_folder`` exists. Raises
-    DemoError, with the end of the log, when a part does not come up.
+    ``log_folder`` exists. Raises DemoError, with the end of the log, when a part does not
+    come up.
     """
     async with contextlib.AsyncExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pointsman-demo-")))
         processes = await stack.enter_async_context(children())
-        moves = await _start_engines(processes, site, manifests, log_folder, seed)
+        moves = await _start_engines(processes, site, home, log_folder, seed)
         site = with_addresses(site, {(expert, old): new for expert, old, new in moves})
         grpc_address, debug_url = await _start_policy_server(
             processes, session, to_yaml(site, deciders), home, log_folder, seed
@@ -83,21 +82,26 @@ async def running_stack(
 
 
 async def _start_engines(
-    processes: Children, site: Site, manifests: Path, log_folder: Path, seed: int
+    processes: Children, site: Site, home: Path, log_folder: Path, seed: int
 ) -> list[Move]:
+    """Simulate every endpoint that is on this machine, each as its own process."""
     wanted = [
         (expert, address)
         for expert in site.experts
         for address in expert.spec.backend.addresses or ()
         if is_loopback(address)
     ]
-    async with asyncio.TaskGroup() as group:
-        tasks = [
-            group.create_task(
-                _start_engine(processes, expert, address, manifests, log_folder, seed)
-            )
-            for expert, address in wanted
-        ]
+    for expert in site.experts:
+        _manifest(home, expert).write_text(manifests_of([expert]), encoding="utf-8")
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(_start_engine(processes, expert, address, home, log_folder, seed))
+                for expert, address in wanted
+            ]
+    except ExceptionGroup as failed:
+        # The first one ended the others; what a person can act on is that one alone.
+        raise failed.exceptions[0] from None
     return [task.result() for task in tasks]
 
 
@@ -105,7 +109,7 @@ async def _start_engine(
     processes: Children,
     expert: LLMExpert,
     address: str,
-    manifests: Path,
+    home: Path,
     log_folder: Path,
     seed: int,
 ) -> Move:
@@ -114,7 +118,7 @@ async def _start_engine(
         f"engine {name}",
         [
             *_pointsman("engine-sim"),
-            *("--manifests", str(manifests), "--expert", name),
+            *("--manifests", str(_manifest(home, expert)), "--expert", name),
             *("--port", "0", "--seed", str(seed)),
         ],
         log_path=log_folder / f"engine-{name}-{address.rpartition(':')[2]}.log",
@@ -122,6 +126,10 @@ async def _start_engine(
     )
     announced = await first_line(child)
     return name, address, str(announced["url"]).partition("://")[2].strip("/")
+
+
+def _manifest(home: Path, expert: LLMExpert) -> Path:
+    return home / f"expert-{expert.metadata.name}.yaml"
 
 
 async def _start_policy_server(

@@ -61,12 +61,13 @@ class QualityGreedy:
 class LatencyQualityGreedy:
     """Highest expected quality among the endpoints where all limits would be kept.
 
-    Limits of the new request and of those already there. Where none can keep them, the
-    endpoint with the lowest predicted latency per token comes first.
+    That is: the new request keeps its limits, and no request already there loses its limit
+    per token by it (those late anyway do not count). Where no endpoint can do that, the one
+    with the lowest predicted latency per token comes first.
     """
 
     def score(self, seen: Observation) -> Scores:
-        """Score in (1, 2] where limits are kept, below 1 elsewhere."""
+        """Score from 1 to 2 where limits are kept, below 1 elsewhere."""
         predicted = forecast(seen)
         in_time = predicted.keeps_limits(seen)
         late = 1.0 / (1.0 + predicted.per_token_s / seen.limit_s)

@@ -30,10 +30,7 @@ def render_bootstrap(settings: EnvoySettings) -> str:
         s=settings,
         listener=SocketAddress(host=settings.listen_address, port=settings.listen_port),
         admin=SocketAddress(host=settings.admin_address, port=settings.admin_port),
-        policy_servers=[
-            SocketAddress.parse(address.strip())
-            for address in settings.policy_server_address.split(",")
-        ],
+        policy_server=SocketAddress.parse(settings.policy_server_address),
         strip_lua=_text("strip.lua"),
         rewrite_model_lua=_text("rewrite_model.lua"),
     )

@@ -4,18 +4,18 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from pointsman_policy.addresses import SocketAddress
+from pointsman_policy.addresses import MAX_PORT, SocketAddress
+from pointsman_policy.settings import DEFAULT_BODY_LIMIT, MAX_BODY_BYTES
 
 
 def _parsable(text: str) -> str:
-    for address in text.split(","):
-        SocketAddress.parse(address.strip())
+    SocketAddress.parse(text)
     return text
 
 
 Milliseconds = Annotated[int, Field(ge=1, le=600_000)]
 Seconds = Annotated[int, Field(ge=1, le=86_400)]
-Port = Annotated[int, Field(ge=0, le=65535)]
+Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 UrlPath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._~/-]*$")]
 
 
@@ -38,7 +38,8 @@ class EnvoySettings(BaseModel):
     """Port of the admin interface; 0 takes any free one."""
 
     policy_server_address: Annotated[str, AfterValidator(_parsable)] = "127.0.0.1:9002"
-    """`ip:port` or `unix:///path` of the policy server; several, one per process, by commas."""
+    """`ip:port` or `unix:///path` of the one policy server: it alone knows which requests are under
+    way, so a second one would decide without seeing half of them."""
 
     node_id: Annotated[str, Field(min_length=1, max_length=253)] = "pointsman"
     """Name under which this Envoy asks for endpoints."""
@@ -53,9 +54,11 @@ class EnvoySettings(BaseModel):
     """Paths that are decided and forwarded, by POST only. `/v1/models` is the policy server's;
     any other path gets 404."""
 
-    request_body_limit_bytes: Annotated[int, Field(ge=1024, le=1 << 28)] = 4 << 20
-    """Longest request body, also after the model was rewritten; a longer one gets 413. The policy
-    server's gRPC limit for incoming messages must be 64 KiB above this."""
+    request_body_limit_bytes: Annotated[int, Field(ge=1024, le=MAX_BODY_BYTES)] = DEFAULT_BODY_LIMIT
+    """Longest request body, also after the model was rewritten; a longer one gets 413. At most
+    32 MiB, as both Envoy and the policy server hold it in memory. Give the policy server the same
+    limit: its gRPC then accepts messages of 64 KiB above it. Above 8 MiB raise
+    `message_timeout_ms`, too."""
 
     message_timeout_ms: Milliseconds = 300
     """Longest wait for one answer of the policy server before the request goes on without it."""

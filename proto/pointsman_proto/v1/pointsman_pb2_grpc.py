@@ -50,7 +50,8 @@ class PolicyServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Decide(self, request, context):
-        """Decides one request. Nothing is reserved: the in-flight table does not change.
+        """Decides one request, counted and in turn like Envoy's. Nothing is reserved: the
+        in-flight table does not change.
         NOT_FOUND: no policy answers the model name. INVALID_ARGUMENT: a limit is not positive.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

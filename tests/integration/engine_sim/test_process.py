@@ -89,6 +89,21 @@ async def test_it_reads_an_expert(launch, tmp_path, folder):
     assert names == {"coder-7b": 2048, "auto": 2048}
 
 
+async def test_it_finds_experts_of_one_name_below_a_folder_by_namespace(launch, tmp_path):
+    for namespace in ("east", "west"):
+        (tmp_path / "sites" / namespace).mkdir(parents=True)
+        text = EXPERT.replace("name: coder", f"name: coder, namespace: {namespace}")
+        text = text.replace("coder-7b", f"coder-{namespace}")
+        (tmp_path / "sites" / namespace / "experts.yml").write_text(text)
+    # As in a mounted ConfigMap, which has every file twice.
+    (tmp_path / "..data").mkdir()
+    (tmp_path / "..data" / "experts.yaml").write_text(text)
+    _, line = await launch("--manifests", str(tmp_path), "--expert", "west/coder")
+    assert line["model"] == "coder-west"
+    message = await asyncio.to_thread(refused, "--manifests", str(tmp_path), "--expert", "coder")
+    assert "'coder' names 2 experts, give namespace/name: LLMExpert/east/coder in" in message
+
+
 async def _read_after(response: aiohttp.ClientResponse, then: Callable[[], None]) -> str:
     """Read a stream to its end, doing something after its first bytes."""
     text = (await response.content.readany()).decode()
@@ -154,3 +169,5 @@ def test_missing_expert_and_broken_manifest_are_explained(tmp_path):
     assert "no LLMExpert named 'other'" in refused("--manifests", str(path), "--expert", "other")
     path.write_text(EXPERT.replace("model: coder-7b", "modle: coder-7b"))
     assert "modle" in refused("--manifests", str(path), "--expert", "coder")
+    path.write_bytes(b"\xff")
+    assert "is not UTF-8" in refused("--manifests", str(path), "--expert", "coder")

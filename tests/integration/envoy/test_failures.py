@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import json
 import signal
 import sys
 
 import pytest
+import yarl
 from aiohttp import web
 
 from pointsman_policy.envoy import EnvoySettings, running_envoy
@@ -182,38 +184,62 @@ async def test_a_body_over_the_limit_gets_413(site, settings, policy_alive, chun
 async def test_unknown_paths_and_methods_never_reach_anyone(site, policy_alive):
     if not policy_alive:
         await site.policy.stop()
-    for method, path, status, code in (
-        ("POST", "/v1/embeddings", 404, "unknown_path"),
-        ("GET", "/", 404, "unknown_path"),
-        ("POST", "/v1/chat/completions/../../admin", 404, "unknown_path"),
-        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
-        ("POST", "/v1/models", 404, "unknown_path"),
+    for method, path, status, code, allow in (
+        ("POST", "/v1/embeddings", 404, "unknown_path", None),
+        ("GET", "/", 404, "unknown_path", None),
+        ("POST", "/v1/chat/completions/../../admin", 404, "unknown_path", None),
+        ("POST", "/v1%2fchat/completions", 404, "unknown_path", None),
+        ("POST", "/v1/chat%2Fcompletions", 404, "unknown_path", None),
+        ("GET", "/v1%2Fmodels", 404, "unknown_path", None),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed", "POST"),
+        ("POST", "/v1/models", 405, "method_not_allowed", "GET, HEAD"),
+        ("DELETE", "/v1/models/auto", 405, "method_not_allowed", "GET, HEAD"),
     ):
-        async with site.client.request(method, site.envoy.url + path) as response:
+        url = yarl.URL(site.envoy.url + path, encoded=True)
+        async with site.client.request(method, url) as response:
             assert (response.status, response.content_type) == (status, "application/json"), path
             assert error_of(await response.json()) == ("invalid_request_error", code)
-            assert response.headers.get("allow") == ("POST" if status == 405 else None)
+            assert response.headers.get("allow") == allow
     assert site.maths.received == site.code.received == []
     assert site.policy.streams == []
 
 
-async def test_broken_http_gets_400(site):
+async def raw(site, request):
+    """Send bytes; return the status and the decoded body of the answer."""
     host, _, port = site.envoy.url.removeprefix("http://").rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
-        b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
-    )
+    writer.write(request)
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
     await writer.wait_closed()
-    assert head.startswith(b"HTTP/1.1 400 ")
-    assert error_of(json.loads(body)) == ("invalid_request_error", "bad_request")
-    # The one case where `observe` hears of an answer without a request.
+    assert b"content-type: application/json\r\n" in head + b"\r\n"
+    return int(head.split()[1]), json.loads(body)
+
+
+TWO_LENGTHS = b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+BAD_HTTP = {
+    "two lengths": (b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + TWO_LENGTHS, 400),
+    "NUL in the path": (b"GET /v1/%00 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", 400),
+    "no host": (b"GET /v1/models HTTP/1.1\r\n\r\n", 400),
+    "no HTTP": (b"\x16\x03\x01\x00\xa5\r\n\r\n", 400),
+    "old HTTP": (b"GET /v1/models HTTP/1.0\r\nhost: x\r\n\r\n", 426),
+}
+
+
+@pytest.mark.parametrize("what", BAD_HTTP)
+async def test_bad_http_gets_an_error_object(site, what):
+    request, status = BAD_HTTP[what]
+    got, answer = await raw(site, request)
+    assert got == status
+    assert error_of(answer) == ("invalid_request_error", "bad_request")
+    assert site.policy.of("decide") == site.maths.received == []
+
+
+async def test_bad_http_is_observed_as_an_answer_without_a_request(site):
+    await raw(site, BAD_HTTP["two lengths"][0])
     observe = await site.policy.stream("observe")
     await observe.ended.wait()
     assert observe.kinds == ["response_headers", "response_body"]
-    assert site.policy.of("decide") == site.maths.received == []
 
 
 async def test_models_come_from_the_policy_server_or_not_at_all(site, toy):
@@ -227,6 +253,25 @@ async def test_models_come_from_the_policy_server_or_not_at_all(site, toy):
     async with site.client.get(url) as response:
         assert response.status == 503
         assert error_of(await response.json()) == ("server_error", "policy_server_unavailable")
+
+
+async def test_a_model_with_a_slash_can_be_asked_for(site, toy):
+    site.policy.immediate = toy.immediate(200, "{}")
+    for path in ("/v1/models/auto%2FRandom", "/v1/models/auto/Random"):
+        url = yarl.URL(site.envoy.url + path, encoded=True)
+        async with site.client.get(url) as response:
+            assert (response.status, await response.text()) == (200, "{}")
+    paths = {stream.headers()[":path"] for stream in site.policy.of("decide")}
+    assert paths == {"/v1/models/auto%2FRandom", "/v1/models/auto/Random"}
+
+
+async def test_the_policy_server_is_asked_for_the_head_of_models(site, toy):
+    site.policy.immediate = toy.immediate(200, "{}")
+    async with site.client.head(site.envoy.url + "/v1/models") as response:
+        assert (response.status, response.content_type) == (200, "application/json")
+        assert await response.read() == b""
+    (decide,) = site.policy.of("decide")
+    assert decide.headers()[":method"] == "HEAD"
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 429, 503, 504])
@@ -271,6 +316,60 @@ async def test_a_dead_engine_leaves_and_returns(site):
 
     await site.maths.start()
     await site.healthy(2)
+
+
+class TestNotReady:
+    """Endpoints that the policy server announced as not ready, and then vanished."""
+
+    async def announce(self, site, *ready):
+        targets = [
+            dataclasses.replace(engine.target, ready=engine in ready)
+            for engine in (site.maths, site.code)
+        ]
+        await site.policy.announce(targets)
+        await site.healthy(len(ready))
+        await site.stat(
+            "cluster.experts.membership_degraded", lambda value: value == 2 - len(ready)
+        )
+
+    async def test_gets_nothing_while_another_one_is_ready(self, site):
+        await self.announce(site, site.code)
+        await site.policy.stop()
+        await site.policy_gone()
+        answers = await asyncio.gather(*(site.chat() for _ in range(40)))
+        assert [status for status, _, _ in answers] == [200] * 40
+        assert (len(site.maths.received), len(site.code.received)) == (0, 40)
+
+    async def test_serves_when_no_ready_one_is_alive(self, site):
+        await self.announce(site, site.code)
+        await site.policy.stop()
+        await site.policy_gone()
+        await site.code.stop()
+        await site.healthy(0)
+        for _ in range(5):
+            status, _, answer = await site.chat()
+            assert (status, answer) == (200, {"served_by": "maths"})
+        assert {entry["attempts"] for entry in await site.access_log(5)} == {1}
+
+    async def test_serves_when_none_was_announced_ready(self, site):
+        await self.announce(site)
+        await site.policy.stop()
+        await site.policy_gone()
+        assert (await site.chat())[0] == 200
+        # The really dead are told by Envoy's own checks.
+        await site.maths.stop()
+        await site.stat("cluster.experts.membership_degraded", lambda value: value == 1)
+        for _ in range(5):
+            status, _, answer = await site.chat()
+            assert (status, answer) == (200, {"served_by": "code"})
+
+    async def test_does_not_disturb_picks(self, site, toy):
+        await self.announce(site, site.code)
+        for engine in (site.code, site.maths):  # a decision may be older than the news
+            site.policy.decision = toy.Decision(model=engine.models[0], picks=(engine.address,))
+            for _ in range(10):
+                status, _, answer = await site.chat()
+                assert (status, answer) == (200, {"served_by": engine.expert})
 
 
 async def test_an_endpoint_taken_away_leaves_although_it_works(site):

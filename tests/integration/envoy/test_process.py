@@ -22,15 +22,20 @@ from pointsman_policy.envoy import (
 ANY_PORT = {"listen_port": 0, "admin_port": 0}
 
 
-def test_the_policy_server_may_have_several_addresses():
-    settings = EnvoySettings(policy_server_address="127.0.0.1:9002, unix:///run/p.sock,[::1]:5")
-    clusters = yaml.safe_load(render_bootstrap(settings))["static_resources"]["clusters"]
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:9002", {"socket_address": {"address": "127.0.0.1", "port_value": 9002}}),
+        ("unix:///run/p.sock", {"pipe": {"path": "/run/p.sock"}}),
+        ("[::1]:5", {"socket_address": {"address": "::1", "port_value": 5}}),
+    ],
+)
+def test_the_policy_server_has_one_address(text, address):
+    bootstrap = yaml.safe_load(render_bootstrap(EnvoySettings(policy_server_address=text)))
+    clusters = bootstrap["static_resources"]["clusters"]
     (cluster,) = (c for c in clusters if c["name"] == "policy_server")
-    endpoints = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
-    assert [endpoint["endpoint"]["address"] for endpoint in endpoints] == [
-        {"socket_address": {"address": "127.0.0.1", "port_value": 9002}},
-        {"pipe": {"path": "/run/p.sock"}},
-        {"socket_address": {"address": "::1", "port_value": 5}},
+    assert cluster["load_assignment"]["endpoints"] == [
+        {"lb_endpoints": [{"endpoint": {"address": address}}]}
     ]
 
 
@@ -41,6 +46,9 @@ def test_the_policy_server_may_have_several_addresses():
         {"policy_server_address": "127.0.0.1"},
         {"policy_server_address": "127.0.0.1:99999"},
         {"policy_server_address": "unix://relative"},
+        {"policy_server_address": "127.0.0.1:9002,127.0.0.1:9003"},
+        {"policy_server_address": "unix:///a.sock,unix:///b.sock"},
+        {"request_body_limit_bytes": (32 << 20) + 1},
         {"inference_paths": ()},
         {"inference_paths": ('/v1"',)},
         {"retries": -1},
@@ -56,10 +64,11 @@ def test_wrong_settings_are_refused(wrong):
     "settings",
     [
         EnvoySettings(),
-        EnvoySettings(policy_server_address="unix:///tmp/p.sock,[::1]:9002", fail_open=False),
+        EnvoySettings(policy_server_address="unix:///tmp/p.sock", fail_open=False),
+        EnvoySettings(policy_server_address="[::1]:9002", request_body_limit_bytes=32 << 20),
         EnvoySettings(node_id='"} {{ x }} é', health_service="a b", inference_paths=("/a", "/b")),
     ],
-    ids=["defaults", "sockets", "odd texts"],
+    ids=["defaults", "socket", "longest bodies", "odd texts"],
 )
 async def test_envoy_accepts_the_bootstrap(settings, tmp_path):
     path = tmp_path / "bootstrap.yaml"

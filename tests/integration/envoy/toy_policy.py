@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
-from envoy.config.core.v3 import address_pb2, base_pb2
-from envoy.config.endpoint.v3 import endpoint_components_pb2, endpoint_pb2
 from envoy.service.discovery.v3 import discovery_pb2
 from envoy.service.endpoint.v3 import eds_pb2_grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
@@ -20,6 +18,8 @@ from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as ext_proc_gr
 from envoy.type.v3 import http_status_pb2
 from google.protobuf import any_pb2, struct_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from pointsman_policy.eds import CLUSTER, EdsEndpoint, load_assignment
 
 PICK = "x-gateway-destination-endpoint"
 
@@ -31,6 +31,7 @@ class Target:
     address: str
     models: tuple[str, ...]
     expert: str
+    ready: bool = True
 
 
 @dataclass(frozen=True)
@@ -204,22 +205,9 @@ async def _drain(iterator) -> None:
 
 
 def _discovery_response(targets: Sequence[Target], version: str):
-    assignment = endpoint_pb2.ClusterLoadAssignment(cluster_name="experts")
-    locality = assignment.endpoints.add()
-    for target in targets:
-        host, _, port = target.address.rpartition(":")
-        metadata = base_pb2.Metadata()
-        metadata.filter_metadata["pointsman"].update(
-            {"served_models": ",".join(target.models), "expert": target.expert}
-        )
-        address = address_pb2.Address(
-            socket_address=address_pb2.SocketAddress(address=host, port_value=int(port))
-        )
-        locality.lb_endpoints.append(
-            endpoint_components_pb2.LbEndpoint(
-                endpoint=endpoint_components_pb2.Endpoint(address=address), metadata=metadata
-            )
-        )
+    # Health and weights are what Envoy is tested with: the product's own message.
+    endpoints = [EdsEndpoint(t.address, t.models, t.expert, t.ready) for t in targets]
+    assignment = load_assignment(CLUSTER, endpoints)
     resource = any_pb2.Any()
     resource.Pack(assignment)
     return discovery_pb2.DiscoveryResponse(

@@ -58,14 +58,17 @@ class TestDecide:
 @pytest.mark.parametrize(
     ("arguments", "want"),
     [
-        (["decide", "--deciders", "Best,Random"], "unknown: best; choose from Random,"),
-        (["decide", "--deciders", ""], "unknown:"),
+        (["decide", "--deciders", "Best,Random"], "best: choose from Random,"),
+        (["decide", "--deciders", ""], "nothing: choose from"),
+        (["decide", "--deciders", "none"], "none: choose from"),
         (["decide", "--endpoints", "0"], "--endpoints"),
         (["decide", "--requests", "0"], "--requests"),
         (["decide", "--in-flight", "-1"], "--in-flight"),
-        (["ext-proc", "--concurrency", "1,x"], "'1,x' is not a list of positive numbers"),
-        (["ext-proc", "--concurrency", "0"], "'0' is not a list of positive numbers"),
-        (["ext-proc", "--concurrency", ""], "'' is not a list of positive numbers"),
+        (["ext-proc", "--concurrency", "1,x"], "'1,x' is not a list of numbers from 1 to"),
+        (["ext-proc", "--concurrency", "²"], "'²' is not a list of numbers from 1 to"),
+        (["ext-proc", "--concurrency", "0"], "'0' is not a list of numbers from 1 to"),
+        (["ext-proc", "--concurrency", "1,4097"], "'1,4097' is not a list of numbers from 1 to"),
+        (["ext-proc", "--concurrency", ""], "'' is not a list of numbers from 1 to"),
     ],
 )
 def test_a_wrong_option_is_told_in_words(arguments, want):

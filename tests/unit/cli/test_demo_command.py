@@ -5,8 +5,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from pointsman_cli.demo.command import demo, parse_deciders, run_until_signal
-from pointsman_core.resources import Algorithm
+from pointsman_cli.demo.command import demo, run_until_signal
 
 runner = CliRunner()
 
@@ -19,24 +18,21 @@ def app() -> typer.Typer:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("option", "value"),
     [
-        ("all", tuple(Algorithm)),
-        ("None", ()),
-        ("leastload, Random,random", (Algorithm.LEAST_LOAD, Algorithm.RANDOM)),
+        ("--seconds", "nan"),
+        ("--rate", "nan"),
+        ("--rate", "inf"),
+        ("--limit-ms", "nan"),
+        ("--limit-ms", "600001"),
+        ("--deciders", "Best"),
     ],
 )
-def test_deciders_by_name(text, expected):
-    assert parse_deciders(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("Random,Best", "best: choose from"), ("", "nothing: choose from"), ("none,all", "none, all")],
-)
-def test_unknown_deciders(text, message):
-    with pytest.raises(typer.BadParameter, match=message):
-        parse_deciders(text)
+def test_wrong_options_are_refused_before_anything_starts(app, tmp_path, option, value):
+    result = runner.invoke(app, ["--output-dir", str(tmp_path / "out"), option, value])
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_errors_are_one_line_on_standard_error(app, tmp_path):

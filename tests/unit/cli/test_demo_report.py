@@ -6,10 +6,11 @@ from rich.console import Console
 
 from pointsman_cli.demo.host import host_meter, host_warning
 from pointsman_cli.demo.load import Ending, Outcome
-from pointsman_cli.demo.plot import draw
-from pointsman_cli.demo.report import print_report, write_json
+from pointsman_cli.demo.plot import LINES, MAX_TICKS, draw, latency_ticks
+from pointsman_cli.demo.report import print_report, results_table, write_json
 from pointsman_cli.demo.results import DemoReport, HostLoad, WorkloadReport, summarise
 from pointsman_cli.demo.runner import warnings
+from pointsman_core.resources import Algorithm
 
 IDLE = HostLoad(loop_lag_p99_ms=1.0, cpu_busy=0.2)
 
@@ -75,8 +76,40 @@ def test_table_has_a_line_per_decider_and_says_what_it_is(report):
     assert "warning: [watch] this" in text
 
 
-def test_plot_is_a_png(report, tmp_path):
-    draw(report, tmp_path / "demo.png")
+def test_headings_are_whole_words_in_80_columns(report):
+    slowest = {"p50_ms_per_token": 12_345.6, "p99_ms_per_token": 120_000.0}
+    longest = result("LatencyQualityGreedy").model_copy(update=slowest)
+    report = report.model_copy(update={"runs": [*report.runs, longest]})
+    console = Console(file=io.StringIO(), width=80)
+    console.print(results_table(report))
+    assert "…" not in console.file.getvalue()
+    _, *head = console.file.getvalue().partition("─")[0].splitlines()
+    words = " ".join(head).split()
+    wanted = "decider average QoS late p50 p99 ms /token mean score failed rejected token /s"
+    assert set(words) == set(wanted.split())
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(20, 400), (1, 1000), (0.5, 90_000), (40, 60), (3, 3.5), (1e-3, 1e9)]
+)
+def test_latency_axis_has_enough_round_numbers(low, high):
+    ticks = latency_ticks(low, high)
+    assert all(low <= tick <= high for tick in ticks)
+    assert ticks == sorted(ticks)
+    assert 1 <= len(ticks) <= MAX_TICKS + 1
+    if high / low >= 10:
+        assert len(ticks) >= 5
+
+
+def test_lines_of_the_plot_differ_in_colour_dashes_and_marker():
+    assert len(LINES) >= len(Algorithm)
+    for parts in zip(*LINES, strict=True):
+        assert len(set(parts)) == len(LINES)
+
+
+@pytest.mark.parametrize("runs", [slice(None), slice(2, 3)], ids=["all", "nothing answered"])
+def test_plot_is_a_png(report, tmp_path, runs):
+    draw(report.model_copy(update={"runs": report.runs[runs]}), tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 

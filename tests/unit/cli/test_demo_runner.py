@@ -47,7 +47,7 @@ def options(tmp_path) -> DemoOptions:
         manifests=manifests,
         output_dir=tmp_path,
         workload=WorkloadName.SYNTHETIC,
-        limit_ms=1e6,
+        limit_ms=600_000.0,
         seed=3,
         keep_running=False,
     )
@@ -115,6 +115,16 @@ class TestPrepare:
         with pytest.raises(DemoError, match=r"no expert can keep 0\.1 ms per token; name a --rate"):
             prepare(replace(options, rate=None, limit_ms=0.1))
         assert prepare(replace(options, limit_ms=0.1)).load is None
+
+
+@pytest.mark.usefixtures("stand_in")
+async def test_says_when_the_limit_raises_that_of_the_first_token(options, console):
+    text = MANIFESTS.replace("models: [auto]", "models: [auto], qos: {timeToFirstTokenMs: 1000}")
+    options.manifests.write_text(text)
+    await run_demo(replace(options, limit_ms=500), console, lambda _: None)
+    assert "timeToFirstTokenMs" not in console.file.getvalue()
+    await run_demo(replace(options, limit_ms=2000), console, lambda _: None)
+    assert "--limit-ms raises timeToFirstTokenMs from 1000 too" in console.file.getvalue()
 
 
 async def test_each_decider_gets_the_same_requests(options, stand_in, console):

@@ -120,6 +120,17 @@ def test_written_manifests_compile_to_one_snapshot_per_decider_beside_the_policy
 
 
 @pytest.mark.parametrize(
+    ("limit_ms", "first_ms"), [(70, 1000), (1000, 1000), (2000, 2000)], ids=["below", "at", "above"]
+)
+def test_a_limit_above_that_of_the_first_token_raises_it(limit_ms, first_ms):
+    text = MANIFESTS.replace("PerTokenMs: 70", "PerTokenMs: 70, timeToFirstTokenMs: 1000")
+    site = with_limit(load_site({"site.yaml": text}), limit_ms)
+    (snapshot, *_) = compile_manifests({"demo.yaml": to_yaml(site, [])}).snapshots
+    assert snapshot.qos.latency_per_token_ms == limit_ms
+    assert snapshot.qos.time_to_first_token_ms == first_ms
+
+
+@pytest.mark.parametrize(
     ("prompt", "score"), [("Write a Function", 0.9), ("Who was it?", 0.4)], ids=["domain", "none"]
 )
 def test_declared_score_follows_the_domain(site, prompt, score):

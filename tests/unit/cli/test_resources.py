@@ -1,6 +1,7 @@
 """`pointsman validate`, `generate-crds` and `generate-docs`."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from typer.testing import CliRunner
 from pointsman_cli.main import app
 from pointsman_core.crd import generate_crds
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "edge-site"
+ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "examples" / "edge-site"
+README = ROOT / "README.md"
 
 
 @pytest.fixture
@@ -65,6 +68,38 @@ def test_validate_shows_warnings(run, tmp_path):
     result = run("validate", tmp_path, EXAMPLE / "policy.yaml")
     assert result.exit_code == 0
     assert result.stderr.startswith(f"warning: {tmp_path}/a.yaml:")
+
+
+def test_validate_warns_of_a_limit_that_no_expert_keeps(run, tmp_path):
+    text = (EXAMPLE / "policy.yaml").read_text().replace("PerTokenMs: 60", "PerTokenMs: 12")
+    (tmp_path / "policy.yaml").write_text(text)
+    line = text[: text.index("latencyPerTokenMs")].count("\n") + 1
+    result = run("validate", tmp_path, EXAMPLE / "experts.yaml", "--json")
+    assert result.exit_code == 0
+    assert f"warning: {tmp_path}/policy.yaml:{line} RoutingPolicy default/auto" in result.stderr
+    (warning,) = json.loads(result.stdout)["warnings"]
+    assert warning["line"] == line
+    assert warning["field"] == "spec.qos.latencyPerTokenMs"
+    assert warning["message"].startswith("no expert can keep 12 ms per token, not even idle: ")
+
+
+def test_validate_does_not_warn_while_one_expert_keeps_the_limit(run, tmp_path):
+    report = json.loads(run("validate", EXAMPLE, "--json").stdout)
+    fastest = min(e["ms_per_token_alone"] for e in report["policies"][0]["endpoints"])
+    text = (EXAMPLE / "policy.yaml").read_text()
+    (tmp_path / "policy.yaml").write_text(
+        text.replace("PerTokenMs: 60", f"PerTokenMs: {fastest + 0.1}")
+    )
+    assert run("validate", tmp_path, EXAMPLE / "experts.yaml").stderr == ""
+
+
+def test_the_readme_s_site_is_valid_and_feasible(run, tmp_path):
+    (example,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    (tmp_path / "site.yaml").write_text(example)
+    result = run("validate", tmp_path, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    (policy,) = json.loads(result.stdout)["policies"]
+    assert policy["endpoints"][0]["ms_per_token_alone"] < 60
 
 
 def test_generate_crds_writes_all_files(run, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from pointsman_core.deciders import Scores
 from pointsman_core.resources import Admission, Algorithm, QualityPriors
-from pointsman_core.router import NO_ENDPOINT, OVER_LIMIT
+from pointsman_core.router import Rejection
 
 A, B, C, D = (f"10.0.0.{i}:8000" for i in range(1, 5))
 
@@ -125,14 +125,14 @@ class TestNoEndpoint:
         decision = router.decide(build.request(), now_s=0.0)
         assert decision.chosen is decision.admitted is None
         assert decision.retry_on == ()
-        assert decision.why == NO_ENDPOINT
+        assert decision.why == Rejection.NO_READY_ENDPOINT
         assert decision.scores.shape == (3,)
 
     @pytest.mark.parametrize("algorithm", list(Algorithm))
     def test_the_policy_has_none(self, algorithm, build):
         router, _ = build.router(algorithm=algorithm, fallback=algorithm)
         decision = router.decide(build.request(), now_s=0.0)
-        assert (decision.chosen, decision.why) == (None, NO_ENDPOINT)
+        assert (decision.chosen, decision.why) == (None, Rejection.NO_READY_ENDPOINT)
         assert decision.fallback_reason is None
         assert len(decision.scores) == 0
 
@@ -166,13 +166,24 @@ class TestAdmission:
         decision = router.decide(build.request(limit_s=limit_s), now_s=0.0)
         assert (decision.chosen and decision.chosen.address) == want
         if want is None:
-            assert decision.why == OVER_LIMIT
+            assert decision.why == Rejection.OVER_LIMIT
             assert decision.admitted is None
             assert decision.retry_on == ()
 
-    def test_reject_means_nothing_to_an_algorithm_that_does_not_look(self, site, build):
-        router, _ = site(admission=Admission.REJECT, algorithm=Algorithm.QUALITY_GREEDY)
-        assert router.decide(build.request(limit_s=1e-9), now_s=0.0).chosen.address == B
+    @pytest.mark.parametrize("algorithm", Algorithm)
+    def test_reject_is_the_same_for_all_algorithms(self, algorithm, site, build):
+        router, _ = site(admission=Admission.REJECT, algorithm=algorithm)
+        late = router.decide(build.request(limit_s=1e-9), now_s=0.0)
+        assert late.chosen is None
+        assert late.rejection is Rejection.OVER_LIMIT
+        in_time = router.decide(build.request(limit_s=10.0), now_s=0.0)
+        assert in_time.chosen is not None
+        assert in_time.rejection is None
+
+    def test_reject_holds_for_the_fallback_as_well(self, site, build, fixed_scores):
+        router, _ = site(admission=Admission.REJECT, fallback=Algorithm.QUALITY_GREEDY)
+        router.replace_decider(fixed_scores(RuntimeError("no model")))
+        assert router.decide(build.request(limit_s=1e-9), now_s=0.0).chosen is None
 
 
 FAILURES = [
@@ -231,7 +242,7 @@ class TestFallback:
         router.replace_decider(fixed_scores(RuntimeError("x")))
         decision = router.decide(build.request(limit_s=1e-9), now_s=0.0)
         assert decision.chosen is None
-        assert decision.why.startswith(OVER_LIMIT)
+        assert decision.why.startswith(Rejection.OVER_LIMIT)
         assert decision.why.endswith("(fallback: Random failed: RuntimeError: x)")
 
 

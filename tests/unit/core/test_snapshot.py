@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from pointsman_core.resources import LLMExpert, RoutingPolicy
-from pointsman_core.snapshot import Snapshot, compile_snapshot, selects
+from pointsman_core.snapshot import Snapshot, canonical_address, compile_snapshot, selects
 
 ENDPOINTS = {"a": ("10.0.0.2:1", "10.0.0.1:1"), "b": ("10.0.0.3:1",)}
 
@@ -81,3 +81,22 @@ def test_a_snapshot_cannot_be_changed():
     snapshot = compile_snapshot(policy(), [expert("a")], ENDPOINTS)
     with pytest.raises(ValidationError):
         snapshot.policy = "other"
+
+
+@pytest.mark.parametrize(
+    ("written", "want"),
+    [
+        ("10.0.0.1:8000", "10.0.0.1:8000"),
+        ("10.0.0.1:08000", "10.0.0.1:8000"),
+        ("[0:0:0:0:0:0:0:1]:80", "[::1]:80"),
+        ("[2001:DB8::A]:80", "[2001:db8::a]:80"),
+        ("nohost:80", "nohost:80"),
+    ],
+)
+def test_addresses_have_one_spelling(written, want):
+    assert canonical_address(written) == want
+
+
+def test_two_spellings_of_an_address_are_one_candidate(build):
+    snapshot = build.snapshot(build.expert("a", "[::1]:80", "[0:0::1]:80"))
+    assert [c.address for c in snapshot.candidates] == ["[::1]:80"]

@@ -2,6 +2,7 @@ import json
 from http import HTTPStatus
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from pointsman_engine_sim.answers import Answer
 from pointsman_engine_sim.protocol import (
@@ -11,6 +12,7 @@ from pointsman_engine_sim.protocol import (
     ChatRequest,
     CompletionRequest,
     Reply,
+    describe,
     parse,
 )
 
@@ -94,6 +96,20 @@ class TestRequests:
         assert caught.value.status == HTTPStatus.BAD_REQUEST
         assert field in caught.value.message
 
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            lambda: completion(prompt=["a"] * 100_000),
+            lambda: chat(messages=[1] * 100_000),
+            lambda: chat(messages=[{"role": "user", "content": [1] * 100_000}]),
+        ],
+        ids=["prompt", "messages", "parts"],
+    )
+    def test_a_long_list_of_wrong_items_gets_a_short_answer(self, wrong):
+        with pytest.raises(APIError) as caught:
+            wrong()
+        assert len(caught.value.message) < 1000
+
     @pytest.mark.parametrize("prompt", [None, [], [[]], ["a", "b"], [[1], [2]], 5])
     def test_wrong_prompt_is_refused(self, prompt):
         with pytest.raises(APIError, match="prompt"):
@@ -103,6 +119,14 @@ class TestRequests:
     def test_wrong_json_is_refused(self, body):
         with pytest.raises(APIError):
             parse(ChatRequest, body)
+
+
+def test_a_message_lists_ten_errors_at_most():
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(list[int]).validate_python(["a"] * 13)
+    text = describe(caught.value)
+    assert text.count("valid integer") == 10
+    assert text.endswith("; and 3 more")
 
 
 def test_error_object():

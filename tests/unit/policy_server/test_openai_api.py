@@ -39,6 +39,14 @@ def wrong(field, wanted):
     return "invalid_type", f"Invalid type for `{field}`: expected {wanted}.", field
 
 
+def small(field):
+    return (
+        "invalid_value",
+        f"Invalid value for `{field}`: expected an integer of at least 1.",
+        field,
+    )
+
+
 NOT_AN_OBJECT = "The request body must be a JSON object, not a {}."
 MISSING_MODEL = ("missing_model", "You must provide a `model`.", "model")
 MISSING_PROMPT = ("missing_prompt", "You must provide `messages` or a `prompt`.", "messages")
@@ -94,8 +102,13 @@ BAD_BODIES = [
     ("stream a string", body(stream="yes"), wrong("stream", "a boolean")),
     ("stream an empty string", body(stream=""), wrong("stream", "a boolean")),
     ("stream a number", body(stream=0), wrong("stream", "a boolean")),
-    ("max_tokens zero", body(max_tokens=0), MAX_TOKENS_TYPE),
-    ("max_tokens negative", body(max_tokens=-1), MAX_TOKENS_TYPE),
+    ("max_tokens zero", body(max_tokens=0), small("max_tokens")),
+    ("max_tokens negative", body(max_tokens=-1), small("max_tokens")),
+    (
+        "too many messages",
+        body(messages=[{}] * 10_001),
+        ("invalid_value", "`messages` has 10001 entries; at most 10000 are accepted.", "messages"),
+    ),
     ("max_tokens a fraction", body(max_tokens=1.5), MAX_TOKENS_TYPE),
     ("max_tokens true", body(max_tokens=True), MAX_TOKENS_TYPE),
     ("max_tokens a string", body(max_tokens="9"), MAX_TOKENS_TYPE),
@@ -103,7 +116,7 @@ BAD_BODIES = [
     (
         "max_completion_tokens zero",
         body(max_completion_tokens=0),
-        wrong("max_completion_tokens", "an integer of at least 1"),
+        small("max_completion_tokens"),
     ),
 ]
 
@@ -182,7 +195,25 @@ class TestWithModel:
 
     def test_fields_stay_in_order(self):
         got = parse_completion(b'{"a": 1, "model": "auto", "prompt": "x"}').with_model("m")
-        assert got == b'{"a":1,"model":"m","prompt":"x"}'
+        assert got == b'{"a": 1, "model": "m", "prompt": "x"}'
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            (b'"seed": 18446744073709551616', b'"seed": 18446744073709551616'),
+            (b'"t": 1.10,  "u":1e2', b'"t": 1.10,  "u":1e2'),
+            (b'"prompt": "say \\"model\\": \\"x\\""', b'"prompt": "say \\"model\\": \\"x\\""'),
+            # Of several models the bytes do not tell the right one: written anew, values kept.
+            (
+                b'"o": {"model": "auto"}, "seed": 18446744073709551616, "t": 1.10',
+                b'"o":{"model":"auto"},"seed":18446744073709551616,"t":1.1',
+            ),
+        ],
+    )
+    def test_no_value_changes(self, before, after):
+        request = parse_completion(b'{"model": "auto", "prompt": "x", ' + before + b"}")
+        assert after in request.with_model("m")
+        assert orjson.loads(request.with_model("m"))["model"] == "m"
 
     def test_of_a_repeated_model_the_last_counts_and_one_is_left(self):
         got = parse_completion(b'{"model": "first", "model": "last", "prompt": "x"}')
@@ -192,7 +223,8 @@ class TestWithModel:
     def test_the_request_itself_does_not_change(self):
         request = parse_completion(body())
         request.with_model("other")
-        assert request.document["model"] == "auto"
+        assert request.model == "auto"
+        assert request.body == body()
 
     @pytest.mark.parametrize("depth", [240, 251, 252, 253, 254, 255, 1000])
     def test_whatever_was_accepted_can_be_written(self, depth):

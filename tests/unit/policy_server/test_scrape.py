@@ -1,5 +1,7 @@
 """The rule that turns findings into health, and the pauses between looks."""
 
+import asyncio
+
 import pytest
 
 from pointsman_core.resources import EngineMetrics, EngineType
@@ -59,6 +61,57 @@ def test_pauses_grow_up_to_the_cap_while_away_and_are_the_interval_else():
     assert pauses[-1] == 1.0
     rule.judge(ALIVE)
     assert scraper._pause(TARGET, rule) == 0.25
+
+
+class FakeProber:
+    """Finds what it is told to, then nothing more."""
+
+    def __init__(self, *findings: Finding):
+        self.findings = list(findings)
+        self.looks = 0
+        self.idle = asyncio.Event()
+
+    async def look(self) -> Finding:
+        if not self.findings:
+            self.idle.set()
+            await asyncio.Event().wait()
+        self.looks += 1
+        return self.findings.pop(0)
+
+
+async def watched(monkeypatch, *findings: Finding) -> tuple[list[bool], FakeProber]:
+    """What the scraper tells of these findings, until it looks once more."""
+    prober, told = FakeProber(*findings), []
+    async with Scraper(
+        on_load=lambda *_: None, on_health=lambda _, ready, __: told.append(ready)
+    ) as scraper:
+        monkeypatch.setattr(scraper, "_prober", lambda *_: prober)
+        monkeypatch.setattr(scraper, "_pause", lambda *_: 0.0)
+        scraper.update({TARGET.address: TARGET})
+        await prober.idle.wait()
+    return told, prober
+
+
+async def test_a_refused_connection_is_looked_at_twice_at_once_and_makes_unready(monkeypatch):
+    told, prober = await watched(monkeypatch, ALIVE, GONE, GONE)
+    assert told == [True, False]
+    assert prober.looks == 3
+
+
+async def test_one_refused_connection_is_forgiven(monkeypatch):
+    told, _ = await watched(monkeypatch, ALIVE, GONE, ALIVE, GONE, ALIVE)
+    assert told == [True]
+
+
+async def test_no_pause_lies_between_the_two_looks(monkeypatch):
+    prober = FakeProber(GONE, GONE)
+    told = asyncio.Event()
+    async with Scraper(on_load=lambda *_: None, on_health=lambda *_: told.set()) as scraper:
+        monkeypatch.setattr(scraper, "_prober", lambda *_: prober)
+        monkeypatch.setattr(scraper, "_pause", lambda *_: 3600.0)
+        scraper.update({TARGET.address: TARGET})
+        await told.wait()
+    assert prober.looks == 2
 
 
 async def test_targets_need_the_context():

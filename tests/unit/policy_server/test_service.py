@@ -11,7 +11,6 @@ from pointsman_policy.service import (
     Limits,
     make_request,
     parse_limits,
-    policy_name,
 )
 
 A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"
@@ -32,7 +31,7 @@ class TestInstall:
         service.install([one, two])
         assert service.models == ["a", "b", "c"]
         assert service.router("c").snapshot is two
-        assert [policy_name(s) for s in service.snapshots] == ["default/one", "default/two"]
+        assert [s.full_name for s in service.snapshots] == ["default/one", "default/two"]
 
     def test_what_is_not_installed_again_is_gone(self, service, build):
         service.install([build.snapshot(build.expert("y", C), name="two", models=["c"])])

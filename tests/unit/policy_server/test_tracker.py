@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pointsman_core.state import EngineLoad
 from pointsman_policy.tracker import REMEMBERED_ENDS
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
@@ -279,4 +280,68 @@ def test_what_nobody_ended_expires(service, steps, counted):
     assert service.tracker.expire(before_s=100.5) == 1
     assert len(service.tracker) == 1
     assert len(service.state) == 0
-    assert counted(service, "expired_total") == 2
+    assert counted(service, "expired_total", reason="too_old") == 2
+
+
+class TestReconcile:
+    """An end that was missed: the engine's gauges tell in time that the request is gone."""
+
+    @pytest.fixture
+    def scrape(self, service):
+        def at(now_s, running):
+            service.state.set_load(A, EngineLoad(running=running, waiting=0), now_s=now_s)
+
+        return at
+
+    def test_takes_out_the_oldest_quiet_requests_that_the_engine_long_lacks(
+        self, service, steps, scrape, counted
+    ):
+        steps("O", "older", now_s=99.0)
+        steps("D", "older")
+        steps("D", "newer")
+        for now_s in (102.0, 110.0, 117.0):
+            scrape(now_s, running=1)
+        assert service.tracker.reconcile(now_s=117.5) == 1
+        assert "older" not in service.state
+        assert "newer" in service.state
+        assert counted(service, "expired_total", reason="not_at_engine") == 1
+
+    @pytest.mark.parametrize(
+        ("desc", "scrapes", "now_s"),
+        [
+            ("not for long yet", [(102.0, 0), (110.0, 0)], 110.5),
+            ("the gauges agree in between", [(102.0, 0), (110.0, 2), (117.0, 0)], 117.5),
+            ("the gauges are stale", [(102.0, 0), (110.0, 0)], 130.0),
+            ("no gauges", [], 200.0),
+        ],
+    )
+    def test_believes_the_table_otherwise(self, desc, scrapes, now_s, service, steps, scrape):
+        steps("D", "one", now_s=100.0)
+        steps("D", "two", now_s=100.0)
+        for at, running in scrapes:
+            scrape(at, running)
+        assert service.tracker.reconcile(now_s=now_s) == 0, desc
+        assert len(service.state) == 2
+
+    def test_leaves_requests_alone_that_were_heard_of_lately(self, service, steps, scrape):
+        steps("O", "one", now_s=100.0)
+        steps("D", "one", now_s=100.0)
+        for now_s in (102.0, 110.0, 117.0):
+            scrape(now_s, running=0)
+        service.tracker.responded(
+            "one", status=200, content_type="text/event-stream", served_by=A, expert="a"
+        )
+        token = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
+        service.tracker.received("one", token, now_s=117.0)
+        assert service.tracker.reconcile(now_s=117.5) == 0
+
+
+def test_what_was_served_without_a_decision_is_counted(service, steps, counted):
+    steps("O", "r1", now_s=100.0)
+    service.tracker.responded("r1", status=200, content_type="", served_by=A, expert="a")
+    service.tracker.ended("r1", complete=True, now_s=101.0)
+    assert counted(service, "undecided_total") == 1
+    steps("O", "refused", now_s=100.0)
+    service.tracker.responded("refused", status=404, content_type="", served_by=None, expert=None)
+    service.tracker.ended("refused", complete=True, now_s=101.0)
+    assert counted(service, "undecided_total") == 1
