@@ -178,7 +178,8 @@ class PolicyServer:
     async def _announce(self) -> None:
         """Become ready with the first snapshots."""
         if not self._installed.is_set():
-            log.warning("not ready before the first snapshot")
+            paths = [str(path) for path in self._settings.snapshots]
+            log.warning("not ready before the first snapshot", looked_in=paths)
         await self._installed.wait()
         await self._set_serving(ready=True)
 

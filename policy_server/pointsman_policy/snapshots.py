@@ -83,7 +83,8 @@ FileContents = Mapping[Path, Snapshot | str]
 
 def read_snapshot_files(paths: Sequence[Path]) -> dict[Path, Snapshot | str]:
     """Read all snapshot files; paths that are not there count as empty folders."""
-    return {file: _read(file) for file in watched_files(paths, suffixes=SUFFIXES) if _exists(file)}
+    found = {file: _read(file) for file in watched_files(paths, suffixes=SUFFIXES)}
+    return {file: content for file, content in found.items() if content is not None}
 
 
 def write_snapshot_files(folder: Path, snapshots: Iterable[Snapshot]) -> Iterator[Path]:
@@ -97,17 +98,12 @@ def write_snapshot_files(folder: Path, snapshots: Iterable[Snapshot]) -> Iterato
         yield file
 
 
-def _exists(file: Path) -> bool:
-    try:
-        return file.exists()
-    except OSError:  # then reading it tells why
-        return True
-
-
-def _read(file: Path) -> Snapshot | str:
+def _read(file: Path) -> Snapshot | str | None:
     try:
         with file.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     if len(content) > MAX_BYTES:

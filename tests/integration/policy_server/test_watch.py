@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pointsman_policy.watch import file_contents, watched_files, watch_files
+from pointsman_policy.watch import file_contents, watch_files, watched_files
 
 pytestmark = pytest.mark.integration
 
