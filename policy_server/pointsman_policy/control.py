@@ -38,6 +38,9 @@ MAX_REASON_CHARS: Final = 4000
 _GRPC_OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Operators may look more often whether an idle connection still stands.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
 ]
 
 _PublishContext = grpc.aio.ServicerContext[pb.PublishRequest, pb.PublishResponse]

@@ -18,6 +18,7 @@ from aiohttp import web
 from envoy.config.core.v3.base_pb2 import HeaderMap, HeaderValue
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3.external_processor_pb2_grpc import ExternalProcessorStub
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from control_plane.certificates import Authority, Pair, write_key
 from pointsman_core.resources import (
@@ -238,6 +239,13 @@ class Server:
         async with self.http.get("http://server/readyz") as response:
             return response.status == 200
 
+    async def health(self, name: str) -> bool:
+        request = health_pb2.HealthCheckRequest(service=name)
+        answer = await health_pb2_grpc.HealthStub(self.data).Check(
+            request, timeout=PATIENCE_S, wait_for_ready=True
+        )
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
     async def until(self, holds: Callable[[pb.StatusResponse], bool]) -> pb.StatusResponse:
         async with asyncio.timeout(PATIENCE_S):
             while True:
@@ -368,6 +376,8 @@ async def engines() -> AsyncIterator[tuple[Engine, Engine]]:
 
 async def test_a_server_without_snapshots_waits_for_the_first(server: Server):
     assert not await server.is_ready()
+    assert await server.health("liveness"), "waiting is no reason to be restarted"
+    assert not await server.health("readiness")
     assert await server.decide("r1") == ("", 503)
     status = await server.status()
     assert (versions(status), list(status.policies), list(status.endpoints)) == ([], [], [])
@@ -376,6 +386,7 @@ async def test_a_server_without_snapshots_waits_for_the_first(server: Server):
     assert versions(answer) == [wanted.version]
     assert answer.instance_id == status.instance_id
     await server.until_ready()
+    assert await server.health("readiness")
     assert versions(await server.publish(sequence=2, allow_empty=True)) == []
     assert await server.is_ready(), "no policy is what the operator wants"
 

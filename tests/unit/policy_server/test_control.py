@@ -11,6 +11,10 @@ from pointsman_policy.control import (
     SnapshotServicer,
     read_published,
 )
+from pointsman_policy.metrics import Metrics
+from pointsman_policy.openai_api import ApiError
+from pointsman_policy.policy_api import PolicyServicer
+from pointsman_policy.service import RoutingService
 from pointsman_policy.settings import ServerSettings, TlsFiles, is_local
 from pointsman_policy.snapshots import SnapshotBoard, SnapshotSetError
 from pointsman_proto.v1 import pointsman_pb2 as pb
@@ -200,6 +204,21 @@ class TestPublish:
     async def test_is_another_instance_after_a_restart(self, servicer, service):
         again = SnapshotServicer(service, servicer._intake)
         assert again.instance_id != servicer.instance_id
+
+
+class TestBeforeTheFirstSnapshot:
+    """The client is to try again: that the model does not exist would be no true answer."""
+
+    def test_requests_are_answered_503(self):
+        with pytest.raises(ApiError, match="no routing table yet") as refused:
+            RoutingService(Metrics()).router("auto")
+        assert (refused.value.status, refused.value.code) == (503, "no_snapshot")
+        assert dict(refused.value.headers) == {"retry-after": "1"}
+
+    async def test_decide_is_unavailable(self):
+        with pytest.raises(AbortedError) as aborted:
+            await PolicyServicer(RoutingService(Metrics())).Decide(pb.DecideRequest(), Context())
+        assert aborted.value.args[0] is grpc.StatusCode.UNAVAILABLE
 
 
 class TestStatus:

@@ -1,11 +1,15 @@
 """Which snapshots are in force: published sets, files, and what outranks what."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from pointsman_cli.main import app
 from pointsman_core.resources import ObjectMeta, RoutingPolicy, RoutingPolicySpec
-from pointsman_core.snapshot import compile_snapshot
+from pointsman_core.snapshot import compile_snapshot, read_snapshot
 from pointsman_policy.snapshots import (
     MAX_PUBLISHERS,
     SnapshotBoard,
@@ -263,6 +267,24 @@ class TestReadingFiles:
         (tmp_path / "readme.txt").write_text("not looked at")
         (tmp_path / "dangling.json").symlink_to("nowhere")
         assert read_snapshot_files([tmp_path, tmp_path / "absent"]) == {}
+
+    def test_of_the_command(self, tmp_path):
+        example = Path(__file__).parents[3] / "examples" / "edge-site"
+        command = ["snapshot", "--manifests", str(example)]
+        printed = CliRunner().invoke(app, command)
+        (line,) = printed.stdout.splitlines()
+        wanted = read_snapshot(line)
+        written = CliRunner().invoke(app, [*command, "--output", str(tmp_path)])
+        assert written.stderr.split() == [str(tmp_path / "default.auto.json")]
+        assert list(read_snapshot_files([tmp_path]).values()) == [wanted]
+
+    def test_of_a_command_that_fails_there_are_none(self, tmp_path):
+        (tmp_path / "a.yaml").write_text("foo")
+        command = ["snapshot", "--manifests", str(tmp_path), "--output", str(tmp_path / "new")]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"{tmp_path}/a.yaml:1: must be a Kubernetes object")
+        assert not (tmp_path / "new").exists()
 
     @pytest.mark.parametrize(
         ("content", "message"),
