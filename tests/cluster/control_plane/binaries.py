@@ -33,7 +33,9 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 """One set of flags for everything: another one would miss Go's own build cache."""
 
-OFFLINE = re.compile(r"dial tcp|no such host|connection refused|i/o timeout|proxyconnect", re.I)
+OFFLINE = re.compile(
+    r"dial tcp|no such host|connection refused|i/o timeout|proxyconnect", re.IGNORECASE
+)
 
 
 class BinariesError(RuntimeError):
@@ -150,7 +152,9 @@ def _build(name: str, path: Path, *, go: str) -> None:
 
 def pinned_version(go_mod: Path, module: str) -> str:
     """The version that a go.mod requires of a module."""
-    found = re.search(rf"^(?:require)?\s+{re.escape(module)} (v\S+)", go_mod.read_text(), re.M)
+    found = re.search(
+        rf"^(?:require)?\s+{re.escape(module)} (v\S+)", go_mod.read_text(), re.MULTILINE
+    )
     if not found:
         raise BinariesError(f"{go_mod} does not require {module}")
     return found[1]
@@ -197,7 +201,7 @@ def _run(
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
-            print(line, end="", file=sys.stderr, flush=True)
+            sys.stderr.write(line)
     if process.returncode == 0:
         return
     tail = "".join(lines[-15:]).strip()
@@ -222,7 +226,7 @@ def _go_version(go: str) -> str:
 
 
 def _directive(go_mod: Path) -> str:
-    found = re.search(r"^go (\S+)$", go_mod.read_text(), re.M)
+    found = re.search(r"^go (\S+)$", go_mod.read_text(), re.MULTILINE)
     return found[1] if found else ""
 
 
@@ -233,7 +237,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _say(text: str) -> None:
-    print(f"test control plane: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"test control plane: {text}\n")
 
 
 def main() -> int:
@@ -245,7 +249,7 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BINARIES)}")
     try:
         for path in ensure(names).values():
-            print(path)
+            sys.stdout.write(f"{path}\n")
     except BinariesError as error:
         _say(str(error))
         return 1

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kubernetes.client import ApiClient
 
 KUBECONFIG_VARIABLE = "POINTSMAN_KUBECONFIG"
+KWOK_STAGES = Path(__file__).parents[1] / "kwok.yaml"
 SERVICE_RANGE = "10.0.0.0/24"
 ATTEMPTS = 3
 """To start on ports that nobody took in the meantime."""
@@ -68,14 +69,16 @@ class Cluster:
 
     def apply(self, *objects: Mapping[str, Any]) -> None:
         """Apply objects on the server's side."""
-        text = yaml.safe_dump_all(objects)
+        # JSON: kubectl and PyYAML disagree on which plain words are text.
+        text = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
         self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=text)
 
     def api_client(self, kubeconfig: Path | None = None) -> "ApiClient":
         """The official client, as the administrator by default; use it as a context manager."""
         from kubernetes import config
 
-        return config.new_client_from_config(str(kubeconfig or self.kubeconfig))
+        client: ApiClient = config.new_client_from_config(str(kubeconfig or self.kubeconfig))
+        return client
 
     def kubeconfig_of(self, service_account: str, *, namespace: str) -> Path:
         """A kubeconfig by which a service account that exists signs in, for an hour."""
@@ -237,6 +240,7 @@ def _lay_out(folder: Folder, *, kubectl: str) -> ControlPlane:
             "kwok",
             [
                 f"--kubeconfig={kubeconfig}",
+                f"--config={KWOK_STAGES}",
                 "--manage-all-nodes=true",
                 f"--server-address=127.0.0.1:{kwok}",
                 "--cidr=10.0.8.0/22",
@@ -286,6 +290,9 @@ def _controller_manager(path: Path, *, kubeconfig: Path, port: int, serving: Pai
         f"--service-account-private-key-file={path / 'service-accounts.key'}",
         f"--root-ca-file={path / 'ca.crt'}",
         "--use-service-account-credentials=true",
+        # By default its client waits for seconds in order to be kind to a big cluster.
+        "--kube-api-qps=500",
+        "--kube-api-burst=1000",
         *_component(kubeconfig=kubeconfig, port=port, serving=serving),
     ]
 

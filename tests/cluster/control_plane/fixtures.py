@@ -20,7 +20,7 @@ CRDS = Path(__file__).parents[3] / "crds"
 
 PROGRAMS = {
     "cluster": ("etcd", "kube-apiserver", "kubectl"),
-    "private_control_plane": ("etcd", "kube-apiserver", "kubectl"),
+    "programs": ("etcd", "kube-apiserver", "kubectl"),
     "controllers": ("kube-controller-manager",),
     "nodes": ("kube-scheduler", "kwok"),
 }
@@ -34,7 +34,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     used = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     needed = [name for fixture in PROGRAMS for name in PROGRAMS[fixture] if fixture in used]
-    if os.environ.get(KUBECONFIG_VARIABLE) and "private_control_plane" not in used:
+    if os.environ.get(KUBECONFIG_VARIABLE) and "programs" not in used:
         needed = []
     if not needed or config.option.collectonly:
         return
@@ -47,13 +47,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             config.stash[UNAVAILABLE] = str(error)
 
 
-def _need_programs(config: pytest.Config) -> None:
-    if reason := config.stash.get(UNAVAILABLE, ""):
+@pytest.fixture(scope="session")
+def programs(pytestconfig: pytest.Config) -> None:
+    """For tests that start a control plane by themselves."""
+    if reason := pytestconfig.stash.get(UNAVAILABLE, ""):
         pytest.skip(f"no test control plane: {reason}")
 
 
 @pytest.fixture(scope="session")
-def cluster(pytestconfig: pytest.Config) -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """An API server with RBAC, shared by the whole session: use a `namespace` of your own.
 
     POINTSMAN_KUBECONFIG names another cluster to use instead.
@@ -62,7 +64,7 @@ def cluster(pytestconfig: pytest.Config) -> Iterator[Cluster]:
         with existing_cluster(Path(kubeconfig)) as existing:
             yield existing
         return
-    _need_programs(pytestconfig)
+    request.getfixturevalue("programs")
     with control_plane() as plane:
         yield plane
 
@@ -82,9 +84,8 @@ def nodes(controllers: Cluster) -> Cluster:
 
 
 @pytest.fixture
-def private_control_plane(pytestconfig: pytest.Config) -> Iterator[ControlPlane]:
+def private_control_plane(programs: None) -> Iterator[ControlPlane]:  # noqa: ARG001
     """A control plane of the test's own, to break; never the one of POINTSMAN_KUBECONFIG."""
-    _need_programs(pytestconfig)
     with control_plane() as plane:
         yield plane
 
