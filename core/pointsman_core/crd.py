@@ -217,7 +217,7 @@ def _structural(node: Mapping[str, Any], defs: Mapping[str, Any]) -> dict[str, A
     if unknown := node.keys() - {*COPIED, *TRANSLATED, *DROPPED}:
         raise ValueError(f"no structural schema for {sorted(unknown)}")
     # The default None of an optional field means that it is absent.
-    schema = {key: _plain(node[key]) for key in COPIED if node.get(key) is not None}
+    schema: dict[str, Any] = {key: _plain(node[key]) for key in COPIED if node.get(key) is not None}
     if "pattern" in node:
         schema[VALIDATIONS] = [_matches(node["pattern"]), *schema.get(VALIDATIONS, ())]
     if "const" in node:
