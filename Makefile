@@ -6,10 +6,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 UV     := $(BIN)/uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format check coverage generate lock clean
+.PHONY: help demo test lint format check coverage generate wrong-manifests cluster-binaries lock clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 # One stamp per lock file: an environment is rebuilt exactly when its lock changes.
 $(BIN)/python:
@@ -48,6 +48,12 @@ generate: $(VENV)/.dev  ## Regenerate crds/, docs/crds.md and the gRPC stubs
 	$(BIN)/pointsman generate-crds crds
 	$(BIN)/pointsman generate-docs docs/crds.md
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/pointsman_proto/v1/pointsman.proto
+
+wrong-manifests: $(VENV)/.dev  ## Rewrite docs/wrong-manifests.md from the API server's answers
+	POINTSMAN_REWRITE_DOCS=1 $(BIN)/python -m pytest -q tests/integration/operator/test_wrong_manifests.py -k the_api_server_says
+
+cluster-binaries: $(BIN)/python  ## Build etcd, kube-apiserver and kubectl for the tests, outside the repository
+	$(BIN)/python tests/cluster/control_plane/binaries.py $(ARGS)
 
 lock: $(BIN)/python  ## Resolve the lock files anew
 	$(PIP) install uv

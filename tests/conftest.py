@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+pytest_plugins = ["control_plane.fixtures"]
+
 ALLOWED_IN_CI = ("needs a GPU",)
 """Reasons for which CI, too, may skip a test; anything else that is skipped there is a failure."""
 

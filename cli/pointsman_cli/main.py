@@ -10,7 +10,7 @@ from pointsman_cli import resources
 from pointsman_cli.bench.cli import app as bench
 from pointsman_cli.demo.command import demo
 from pointsman_engine_sim.cli import engine_sim
-from pointsman_policy.cli import envoy, policy_server
+from pointsman_policy.cli import envoy, policy_server, snapshot
 
 app = typer.Typer(
     name="pointsman",
@@ -27,6 +27,7 @@ app.command("policy-server")(policy_server)
 app.command("envoy")(envoy)
 app.command("engine-sim")(engine_sim)
 app.add_typer(bench, name="bench")
+app.command("snapshot")(snapshot)
 app.command("validate")(resources.validate)
 app.command("generate-crds")(resources.generate_crds)
 app.command("generate-docs")(resources.generate_docs)

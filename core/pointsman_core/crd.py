@@ -14,6 +14,7 @@ import yaml
 
 from pointsman_core.resources import (
     GROUP,
+    PATTERN_MEANINGS,
     VALIDATIONS,
     VERSION,
     LLMExpert,
@@ -28,7 +29,6 @@ COPIED = (
     "type",
     "format",
     "enum",
-    "pattern",
     "minLength",
     "maxLength",
     "minimum",
@@ -52,11 +52,16 @@ TRANSLATED = frozenset(
         "exclusiveMaximum",
         "exclusiveMinimum",
         "items",
+        "pattern",
         "properties",
     }
 )
 
 DROPPED = frozenset({"$defs", "title"})
+
+MATCHES = "self.matches("
+MUST_BE = "must be "
+"""How the rule and the message begin that stand for a pattern."""
 
 META_PROPERTIES: Mapping[str, Mapping[str, str]] = {
     "apiVersion": {"type": "string", "description": f"Always {GROUP}/{VERSION}."},
@@ -212,7 +217,9 @@ def _structural(node: Mapping[str, Any], defs: Mapping[str, Any]) -> dict[str, A
     if unknown := node.keys() - {*COPIED, *TRANSLATED, *DROPPED}:
         raise ValueError(f"no structural schema for {sorted(unknown)}")
     # The default None of an optional field means that it is absent.
-    schema = {key: _plain(node[key]) for key in COPIED if node.get(key) is not None}
+    schema: dict[str, Any] = {key: _plain(node[key]) for key in COPIED if node.get(key) is not None}
+    if "pattern" in node:
+        schema[VALIDATIONS] = [_matches(node["pattern"]), *schema.get(VALIDATIONS, ())]
     if "const" in node:
         schema["enum"] = [node["const"]]
     for bound in ("minimum", "maximum"):
@@ -228,6 +235,14 @@ def _structural(node: Mapping[str, Any], defs: Mapping[str, Any]) -> dict[str, A
     if values := node.get("additionalProperties"):
         schema["additionalProperties"] = _structural(values, defs)
     return schema
+
+
+def _matches(pattern: str) -> dict[str, str]:
+    """The pattern as a rule: the API server would quote it where a rule has words."""
+    return {
+        "rule": f"{MATCHES}r'{pattern}')",
+        "message": f"{MUST_BE}{PATTERN_MEANINGS[pattern]}",
+    }
 
 
 def _properties(node: Mapping[str, Any], defs: Mapping[str, Any]) -> dict[str, Any]:

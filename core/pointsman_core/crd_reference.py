@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pointsman_core.crd import KINDS, META_PROPERTIES, Kind, object_schema
-from pointsman_core.resources import API_VERSION, PATTERN_MEANINGS, VALIDATIONS
+from pointsman_core.crd import KINDS, MATCHES, META_PROPERTIES, MUST_BE, Kind, object_schema
+from pointsman_core.resources import API_VERSION, VALIDATIONS
 
 Schema = Mapping[str, Any]
 
@@ -33,7 +33,9 @@ def _section(kind: Kind) -> str:
         if path not in META_PROPERTIES
     ]
     rules = [
-        f"- {f'`{path}`: ' if path else ''}{rule['message']}" for path, rule in _rules(schema, "")
+        f"- {f'`{path}`: ' if path else ''}{rule['message']}"
+        for path, rule in _rules(schema, "")
+        if not rule["rule"].startswith(MATCHES)
     ]
     columns = [
         f"`{column.name}`" + (" (with `-o wide`)" if column.priority else "")
@@ -108,9 +110,12 @@ def _type(schema: Schema) -> str:
 def _text(schema: Schema) -> str:
     if "format" in schema:
         return str(schema["format"])
-    meaning = PATTERN_MEANINGS.get(schema.get("pattern", ""))
-    length = f"up to {schema['maxLength']} characters"
-    return f"string, {length}" + (f": {meaning}" if meaning else "")
+    meanings = [
+        rule["message"].removeprefix(MUST_BE)
+        for rule in schema.get(VALIDATIONS, ())
+        if rule["rule"].startswith(MATCHES)
+    ]
+    return ": ".join([f"string, up to {schema['maxLength']} characters", *meanings])
 
 
 def _range(schema: Schema) -> str:

@@ -8,6 +8,7 @@ Constraints over several fields are `Rule` objects: CEL for the API server besid
 for everyone else. Patterns are valid in RE2, which the API server uses.
 """
 
+import re
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -41,6 +42,7 @@ DNS_LABEL_PATTERN = rf"^{_LABEL}$"
 DNS_NAME_PATTERN = rf"^{_LABEL}(\.{_LABEL})*$"
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$"
 LABEL_VALUE_PATTERN = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"
+LABEL_KEY_PATTERN = rf"^({_LABEL}(\.{_LABEL})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
 ADDRESS_PATTERN = rf"^({_OCTET}(\.{_OCTET}){{3}}|\[[0-9A-Fa-f:.]{{2,45}}\]):{_PORT}$"
 URL_PATH_PATTERN = r"^/[^ ?#]*$"
 VERSION_PATTERN = r"^[0-9a-f]{16}$"
@@ -178,10 +180,14 @@ class Resource(BaseModel):
         return schema
 
 
-_SHORT_LABEL_KEYS = Rule(
-    cel="!has(self.matchLabels) || self.matchLabels.all(key, key.size() <= 317)",
-    message="a label key must be at most 317 characters long",
-    holds=lambda selector: all(len(key) <= 317 for key in selector.match_labels),
+_LABEL_KEYS = Rule(
+    cel="!has(self.matchLabels) || self.matchLabels.all(key, key.size() <= 317 && "
+    f"key.matches(r'{LABEL_KEY_PATTERN}'))",
+    message="a label key must be up to 63 letters, digits, '-', '_' and '.', alphanumeric at its "
+    "ends; before it may stand a DNS name and '/'",
+    holds=lambda selector: all(
+        len(key) <= 317 and re.fullmatch(LABEL_KEY_PATTERN, key) for key in selector.match_labels
+    ),
 )
 
 _SHORT_NAME = Rule(
@@ -327,7 +333,7 @@ class ServiceBackend(Resource):
 class PodSelectorBackend(Resource):
     """Pods chosen by label; every ready one is an endpoint."""
 
-    rules = (_SHORT_LABEL_KEYS,)
+    rules = (_LABEL_KEYS,)
 
     match_labels: dict[str, LabelValue] = Field(
         min_length=1, max_length=16, description="Labels that a pod must carry, all of them."
@@ -572,7 +578,7 @@ class LLMExpert(Resource):
 class LabelSelector(Resource):
     """Which experts of the namespace take part; empty selects all."""
 
-    rules = (_SHORT_LABEL_KEYS,)
+    rules = (_LABEL_KEYS,)
 
     match_labels: dict[str, LabelValue] = Field(
         default_factory=dict, max_length=16, description="Labels that an expert must carry."

@@ -1,8 +1,8 @@
 """The compiled routing table of one RoutingPolicy.
 
 A snapshot is immutable and carries everything a decision needs, so that the request
-path never looks at custom resources. It is plain data: the operator will publish the
-same JSON that the embedded mode compiles for itself.
+path never looks at custom resources. It is plain data: the operator publishes the same
+JSON that the embedded mode compiles for itself.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from ipaddress import IPv6Address, ip_address
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pointsman_core.resources import (
     Admission,
@@ -24,6 +24,9 @@ from pointsman_core.resources import (
     QualityPriors,
     RoutingPolicy,
 )
+
+NO_VERSION = "0" * 16
+"""Stands in the place of the version while the content is hashed."""
 
 
 class SnapshotModel(BaseModel):
@@ -66,7 +69,7 @@ class Snapshot(SnapshotModel):
     domains: tuple[DomainRule, ...]
     explain_headers: bool
     candidates: tuple[Candidate, ...]
-    version: Annotated[str, Field(min_length=16, max_length=16)] = "0" * 16
+    version: Annotated[str, Field(min_length=16, max_length=16)] = NO_VERSION
     """First 16 hex digits of the content's SHA-256: equal content, equal version."""
 
     @property
@@ -109,8 +112,38 @@ def compile_snapshot(
             )
         ),
     )
-    digest = hashlib.sha256(draft.model_dump_json().encode()).hexdigest()
-    return draft.model_copy(update={"version": digest[:16]})
+    return draft.model_copy(update={"version": _digest(draft.model_dump_json())})
+
+
+def read_snapshot(content: bytes | str) -> Snapshot:
+    """The snapshot that ``model_dump_json`` wrote, its version checked against its content.
+
+    Raises:
+        ValueError: it is no snapshot, or not the one that its version names.
+
+    """
+    try:
+        snapshot = Snapshot.model_validate_json(content, strict=True)
+    except ValidationError as invalid:
+        raise ValueError(_explain(invalid)) from None
+    # Unset fields are those that the writer, an older release, did not know.
+    unversioned = snapshot.model_copy(update={"version": NO_VERSION})
+    version = _digest(unversioned.model_dump_json(exclude_unset=True))
+    if version != snapshot.version:
+        raise ValueError(f"says version {snapshot.version}, but its content has {version}")
+    return snapshot
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _explain(invalid: ValidationError) -> str:
+    """The first error in one line, and how many more there are."""
+    errors = invalid.errors(include_url=False, include_input=False)
+    where = ".".join(map(str, errors[0]["loc"]))
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"is no snapshot: {where + ': ' if where else ''}{errors[0]['msg']}{more}"
 
 
 def canonical_address(address: str) -> str:

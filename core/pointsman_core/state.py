@@ -107,6 +107,7 @@ class LiveState:
     def __init__(self) -> None:
         self._row_of: dict[str, int] = {}
         self._free_rows: list[int] = []
+        self._left: set[str] = set()
         self._ready = np.zeros(0, np.bool_)
         self._foreign = np.zeros((0, 2))
         self._kv_usage = np.zeros(0)
@@ -132,7 +133,8 @@ class LiveState:
     def set_endpoints(self, addresses: Iterable[str]) -> None:
         """Make exactly these endpoints known; new ones start ready.
 
-        An endpoint that left keeps its row while requests are still on it.
+        An endpoint that left keeps its row while requests are still on it; when it comes
+        back it starts anew.
         """
         wanted = dict.fromkeys(addresses)
         occupied = set(self.residents().row.tolist())
@@ -140,14 +142,19 @@ class LiveState:
             if address in wanted:
                 continue
             self._ready[row] = False
+            self._left.add(address)
             if row not in occupied:
                 del self._row_of[address]
+                self._left.discard(address)
                 self._loads.pop(address, None)
                 self._surplus.pop(address, None)
                 self._free_rows.append(row)
         for address in wanted:
             if address not in self._row_of:
                 self._add_endpoint(address)
+            elif address in self._left:
+                self._left.discard(address)
+                self._ready[self._row_of[address]] = True
 
     def _add_endpoint(self, address: str) -> None:
         if not self._free_rows:

@@ -1,4 +1,4 @@
-"""The ``pointsman policy-server`` and ``pointsman envoy`` commands."""
+"""The ``pointsman policy-server``, ``snapshot`` and ``envoy`` commands."""
 
 import os
 import sys
@@ -12,15 +12,32 @@ from pointsman_policy.settings import DEFAULT_BODY_LIMIT, MAX_BODY_BYTES
 
 def policy_server(
     manifests: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(help="File or folder with LLMExpert and RoutingPolicy manifests; repeatable."),
-    ],
+    ] = None,
+    snapshots: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Instead: file or folder with snapshots that an operator writes; repeatable."
+        ),
+    ] = None,
     grpc_address: Annotated[
         str, typer.Option(help="ip:port or unix:///path for ext_proc, EDS and pointsman.v1.")
     ] = "127.0.0.1:9002",
     http_address: Annotated[
         str, typer.Option(help="ip:port for /metrics, /healthz and /readyz.")
     ] = "127.0.0.1:9090",
+    control_address: Annotated[
+        str | None,
+        typer.Option(help="ip:port or unix:///path on which an operator publishes snapshots."),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate of the control address, in PEM.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key, in PEM.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Authority of the operator's certificate, in PEM.")
+    ] = None,
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that SIGTERM waits for requests under way.", min=0)
     ] = 30.0,
@@ -32,6 +49,9 @@ def policy_server(
     ] = DEFAULT_BODY_LIMIT,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     log_format: Annotated[str, typer.Option(help="json or console.")] = "json",
+    stats_window: Annotated[
+        float, typer.Option(help="Seconds over which the operator is told of QoS.", min=1)
+    ] = 300.0,
     seed: Annotated[int | None, typer.Option(help="Seed of random choices.")] = None,
 ) -> None:
     """Serve routing decisions to Envoy."""
@@ -42,15 +62,19 @@ def policy_server(
     from pointsman_core.manifests import ManifestErrors
     from pointsman_policy.logs import configure_logs
     from pointsman_policy.server import run
-    from pointsman_policy.settings import ServerSettings
+    from pointsman_policy.settings import ServerSettings, TlsFiles
 
     try:
         configure_logs(level=log_level, style=log_format)
         run(
             ServerSettings(
-                manifests=tuple(manifests),
+                manifests=tuple(manifests or ()),
+                snapshots=tuple(snapshots or ()),
                 grpc_address=grpc_address,
                 http_address=http_address,
+                control_address=control_address,
+                tls=TlsFiles.of(certificate=tls_cert, key=tls_key, client_ca=tls_client_ca),
+                stats_window_s=stats_window,
                 drain_timeout_s=drain_timeout,
                 body_limit_bytes=body_limit,
                 seed=seed,
@@ -58,6 +82,34 @@ def policy_server(
         )
     except (ManifestErrors, OSError, ValueError) as error:
         print(error, file=sys.stderr)  # noqa: T201 - for a person at a terminal
+        raise typer.Exit(1) from None
+
+
+def snapshot(
+    manifests: Annotated[
+        list[Path],
+        typer.Option(help="File or folder with LLMExpert and RoutingPolicy manifests; repeatable."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write a file per policy to; without it, lines are printed."),
+    ] = None,
+) -> None:
+    """Compile manifests to the snapshots that an operator would publish, as JSON."""
+    from pointsman_core.manifests import ManifestErrors, compile_manifests
+    from pointsman_policy.manifest_files import read_manifest_files
+    from pointsman_policy.snapshots import write_snapshot_files
+
+    try:
+        compiled = compile_manifests(read_manifest_files(manifests))
+        if output is None:
+            for one in compiled.snapshots:
+                typer.echo(one.model_dump_json())
+            return
+        for file in write_snapshot_files(output, compiled.snapshots):
+            typer.echo(str(file), err=True)
+    except (ManifestErrors, OSError) as error:
+        typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
 
 

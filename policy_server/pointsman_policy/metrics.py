@@ -87,7 +87,17 @@ class Metrics:
             "pointsman_snapshot_info", "1 for the snapshot in force of each policy.",
             ["policy", "version", "generation"], registry=r,
         )  # fmt: skip
-        self.reloads = Counter("pointsman_reloads", "Manifest reloads.", ["result"], registry=r)
+        self.reloads = Counter(
+            "pointsman_reloads", "Times that changed files were read.", ["result"], registry=r
+        )
+        self.publishes = Counter(
+            "pointsman_publishes", "Sets of snapshots that operators sent.",
+            ["result"], registry=r,
+        )  # fmt: skip
+        self.tls_reloads = Counter(
+            "pointsman_tls_reloads", "Times that changed certificates were read.",
+            ["result"], registry=r,
+        )  # fmt: skip
         self.internal_errors = Counter(
             "pointsman_internal_errors", "Streams that a bug ended; Envoy then fails open.",
             ["filter"], registry=r,
@@ -95,3 +105,7 @@ class Metrics:
         self.eds_nacks = Counter(
             "pointsman_eds_nacks", "Endpoint lists that Envoy refused.", registry=r
         )
+
+    def count_tls_reload(self, ok: bool) -> None:
+        """Count that changed certificates were read, and whether they could be used."""
+        self.tls_reloads.labels("ok" if ok else "failed").inc()

@@ -21,6 +21,8 @@ from pointsman_proto.v1.pointsman_pb2_grpc import PolicyServiceServicer
 _DecideContext = grpc.aio.ServicerContext[pb.DecideRequest, pb.Decision]
 _ExplainContext = grpc.aio.ServicerContext[pb.ExplainRequest, pb.Explanation]
 
+_CODES = {404: grpc.StatusCode.NOT_FOUND, 503: grpc.StatusCode.UNAVAILABLE}
+
 
 class PolicyServicer(PolicyServiceServicer):
     """Decides and explains without touching the in-flight table."""
@@ -132,6 +134,6 @@ def _candidates(decision: Decision) -> list[pb.CandidateExplanation]:
 
 
 async def _abort(context: _DecideContext | _ExplainContext, error: ApiError) -> NoReturn:
-    code = grpc.StatusCode.NOT_FOUND if error.status == 404 else grpc.StatusCode.INVALID_ARGUMENT
+    code = _CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
     await context.abort(code, error.message)
     raise AssertionError("abort() raises")

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import gc
 import signal
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 
 import grpc
@@ -19,9 +19,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from pointsman_core.manifests import CompiledManifests, ManifestErrors, compile_manifests
-from pointsman_core.snapshot import Candidate
+from pointsman_core.snapshot import Candidate, Snapshot
 from pointsman_core.state import EngineLoad
 from pointsman_policy.addresses import SocketAddress
+from pointsman_policy.control import SnapshotIntake, SnapshotServicer, control_server
 from pointsman_policy.eds import EdsEndpoint, EdsServer
 from pointsman_policy.engines.probe import ScrapeError
 from pointsman_policy.ext_proc import ExtProcServicer
@@ -32,7 +33,8 @@ from pointsman_policy.policy_api import PolicyServicer
 from pointsman_policy.scrape import Scraper, Target
 from pointsman_policy.service import RoutingService
 from pointsman_policy.settings import ServerSettings
-from pointsman_policy.watch import manifest_contents, watch_manifests
+from pointsman_policy.snapshots import SUFFIXES, SnapshotBoard
+from pointsman_policy.watch import MANIFESTS, file_contents, watch_files
 from pointsman_proto.v1 import pointsman_pb2
 from pointsman_proto.v1.pointsman_pb2_grpc import add_PolicyServiceServicer_to_server
 
@@ -40,13 +42,16 @@ EXPIRY_INTERVAL_S = 5.0
 
 HEALTH_SERVICES = (
     "",
-    "liveness",
     "readiness",
     "envoy.service.ext_proc.v3.ExternalProcessor",
     "inference-extension",
     "pointsman.v1.PolicyService",
 )
-"""Names under which probes may ask: gRPC's own, and those of the endpoint-picker protocol."""
+"""Names under which probes may ask for readiness: gRPC's own, those of the endpoint-picker
+protocol, and those of the services."""
+
+LIVENESS_SERVICE = "liveness"
+"""The endpoint-picker protocol's name under which probes ask whether the process is well."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -63,6 +68,7 @@ def run(settings: ServerSettings) -> None:
 
     Raises:
         ManifestErrors: the manifests cannot be compiled at start.
+        ValueError: the TLS files cannot be served with.
         OSError: an address cannot be bound.
 
     """
@@ -76,7 +82,11 @@ class PolicyServer:
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._metrics = Metrics()
-        self.service = RoutingService(self._metrics, seed=settings.seed)
+        self.service = RoutingService(
+            self._metrics, seed=settings.seed, stats_window_s=settings.stats_window_s
+        )
+        self._installed = asyncio.Event()
+        self._intake = SnapshotIntake(SnapshotBoard(self._install), self._metrics)
         self._health = Health()
         self._grpc_health = health.aio.HealthServicer()
         self._eds = EdsServer(on_nack=lambda _version, _message: self._metrics.eds_nacks.inc())
@@ -88,58 +98,91 @@ class PolicyServer:
         """Start, serve, drain."""
         stop = asyncio.Event()
         _on_signals(stop.set)
-        known = manifest_contents(self._settings.manifests)
+        paths, suffixes = self._watched()
+        known = file_contents(paths, suffixes=suffixes)
         async with self._scraper, self._http(), self._grpc():
-            await self._reload()
-            await self._set_serving(ready=True)
+            await self._set_serving(ready=False)
+            await self._load()
             # Start-up objects live for ever: keep them out of the collector's way.
             gc.collect()
             gc.freeze()
-            watch = watch_manifests(self._settings.manifests, self._reload_quietly, known=known)
-            tasks = [asyncio.create_task(watch), asyncio.create_task(self._expire())]
-            log.info("serving", grpc=self._settings.grpc_address, http=self._settings.http_address)
-            await stop.wait()
-            log.info("draining", in_flight=len(self.service.state))
-            await self._set_serving(ready=False)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            async with self._control():
+                watch = watch_files(paths, self._reload, suffixes=suffixes, known=known)
+                tasks = [asyncio.create_task(t) for t in (watch, self._expire(), self._announce())]
+                settings = self._settings
+                log.info("serving", grpc=settings.grpc_address, http=settings.http_address)
+                await stop.wait()
+                log.info("draining", in_flight=len(self.service.state))
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await self._set_serving(ready=False)
         log.info("stopped", in_flight=len(self.service.state))
 
-    # --- manifests ---------------------------------------------------------------------
+    # --- snapshots ---------------------------------------------------------------------
 
-    async def _reload(self) -> None:
-        """Compile the manifests and put them in force, all or nothing.
+    def _watched(self) -> tuple[tuple[Path, ...], frozenset[str]]:
+        if self._settings.manifests:
+            return self._settings.manifests, MANIFESTS
+        return self._settings.snapshots, SUFFIXES
+
+    async def _load(self) -> None:
+        """Read the files and put what they hold in force.
 
         Raises:
-            ManifestErrors: some are wrong; what was in force stays.
+            ManifestErrors: some manifests are wrong; what was in force stays.
 
         """
+        if self._settings.manifests:
+            await self._load_manifests()
+        else:
+            await self._intake.reload(self._settings.snapshots)
+
+    async def _load_manifests(self) -> None:
         # In a thread: a large site takes long enough to be felt by requests.
         compiled = await asyncio.to_thread(_compile, self._settings.manifests)
-        self.service.install(compiled.snapshots)
-        self._scraper.update(
-            {address: _target(found[0]) for address, found in self.service.candidates().items()}
-        )
-        self._publish_endpoints()
+        self._install(compiled.snapshots)
         self._metrics.reloads.labels("ok").inc()
         for warning in compiled.warnings:
             log.warning("manifest", problem=str(warning))
-        for snapshot in compiled.snapshots:
-            log.info(
-                "snapshot in force",
-                policy=snapshot.full_name,
-                version=snapshot.version,
-                candidates=len(snapshot.candidates),
-            )
 
-    async def _reload_quietly(self) -> None:
+    async def _reload(self) -> None:
         try:
-            await self._reload()
+            await self._load()
         except ManifestErrors as errors:
             self._metrics.reloads.labels("failed").inc()
             for error in errors.errors:
                 log.warning("manifest refused, the previous snapshot stays", problem=str(error))
+
+    def _install(self, snapshots: Sequence[Snapshot]) -> None:
+        """Put snapshots in force everywhere: decisions, scraping, Envoy."""
+        before = {snapshot.full_name: snapshot.version for snapshot in self.service.snapshots}
+        self.service.install(snapshots)
+        self._scraper.update(
+            {address: _target(found[0]) for address, found in self.service.candidates().items()}
+        )
+        self._publish_endpoints()
+        self._installed.set()
+        for snapshot in snapshots:
+            name = snapshot.full_name
+            if before.pop(name, None) != snapshot.version:
+                log.info(
+                    "snapshot in force",
+                    policy=name,
+                    version=snapshot.version,
+                    generation=snapshot.generation,
+                    candidates=len(snapshot.candidates),
+                )
+        for name in before:
+            log.info("policy dropped", policy=name)
+
+    async def _announce(self) -> None:
+        """Become ready with the first snapshots."""
+        if not self._installed.is_set():
+            paths = [str(path) for path in self._settings.snapshots]
+            log.warning("not ready before the first snapshot", looked_in=paths)
+        await self._installed.wait()
+        await self._set_serving(ready=True)
 
     def _publish_endpoints(self) -> None:
         self._eds.set_endpoints(
@@ -188,6 +231,8 @@ class PolicyServer:
         )
         for name in HEALTH_SERVICES:
             await self._grpc_health.set(name, status)
+        # Waiting for a snapshot, or for the last requests, is no reason to be restarted.
+        await self._grpc_health.set(LIVENESS_SERVICE, health_pb2.HealthCheckResponse.SERVING)
 
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[None]:
@@ -227,6 +272,18 @@ class PolicyServer:
         finally:
             self._eds.close()
             await server.stop(self._settings.drain_timeout_s)
+
+    @contextlib.asynccontextmanager
+    async def _control(self) -> AsyncIterator[None]:
+        address = self._settings.control_address
+        if address is None:
+            yield
+            return
+        servicer = SnapshotServicer(self.service, self._intake)
+        tls, metrics = self._settings.tls, self._metrics
+        async with control_server(servicer, address=address, tls=tls, metrics=metrics) as port:
+            log.info("operators may publish", address=address, port=port, tls=tls is not None)
+            yield
 
 
 def _compile(paths: Iterable[Path]) -> CompiledManifests:

@@ -16,6 +16,7 @@ from pointsman_core.snapshot import Candidate, Snapshot
 from pointsman_core.state import LiveState
 from pointsman_policy.metrics import Metrics
 from pointsman_policy.openai_api import ApiError, CompletionRequest, unknown_model
+from pointsman_policy.stats import WINDOW_S, PolicyStatistics
 from pointsman_policy.tracker import RequestTracker
 
 RECENT_DECISIONS = 1024
@@ -42,14 +43,17 @@ class RoutingService:
         *,
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
+        stats_window_s: float = WINDOW_S,
     ) -> None:
         self.state = LiveState()
         self.metrics = metrics
-        self.tracker = RequestTracker(self.state, metrics)
+        self.statistics = PolicyStatistics(window_s=stats_window_s)
+        self.tracker = RequestTracker(self.state, metrics, self.statistics)
         self.clock = clock
         self._seed = seed
         self._routers: dict[str, Router] = {}
         self._by_model: dict[str, Router] = {}
+        self._installed = False
         self._recent: OrderedDict[str, Decision] = OrderedDict()
 
     # --- snapshots ---------------------------------------------------------------------
@@ -83,6 +87,8 @@ class RoutingService:
             routers[key] = old if old and unchanged else self._make_router(snapshot)
         self._routers = routers
         self._by_model = {m: r for r in routers.values() for m in r.snapshot.models}
+        self._installed = True
+        self.statistics.retain(routers)
         self._show_snapshots()
 
     def _make_router(self, snapshot: Snapshot) -> Router:
@@ -101,10 +107,17 @@ class RoutingService:
         """The policy that answers a model name.
 
         Raises:
-            ApiError: 404, no policy does.
+            ApiError: 404, no policy does; 503, there has been no snapshot yet.
 
         """
         router = self._by_model.get(model)
+        if router is None and not self._installed:
+            raise ApiError(
+                503,
+                "no_snapshot",
+                "The policy server has no routing table yet.",
+                headers=(("retry-after", "1"),),
+            )
         if router is None:
             raise unknown_model(model, self.models)
         return router
@@ -130,7 +143,8 @@ class RoutingService:
         """Decide a request and put it into the in-flight table.
 
         Raises:
-            ApiError: 404 unknown model, 429 no endpoint in time, 503 no endpoint ready.
+            ApiError: 404 unknown model, 429 no endpoint in time, 503 no endpoint ready or no
+                snapshot yet.
 
         """
         router = self.router(completion.model)
@@ -147,6 +161,7 @@ class RoutingService:
         if request_id is not None:
             self._remember(request_id, decision)
         if decision.chosen is None:
+            self.statistics.rejected(decision.snapshot.full_name, now_s=self.clock())
             raise rejection_error(decision)
         self.tracker.decided(request_id, decision)
         return decision

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pointsman_core.router import Decision
-from pointsman_core.state import SURPLUS_AFTER_S, LiveState
+from pointsman_core.state import SURPLUS_AFTER_S, Admitted, LiveState
 from pointsman_policy.answers import TokenCounter, WholeCounter, counter_for
 from pointsman_policy.metrics import Metrics
+from pointsman_policy.stats import PolicyStatistics
 
 REMEMBERED_ENDS = 4096
 """Ended requests that are remembered, so that a decision that comes late adds nothing."""
@@ -60,9 +61,10 @@ class Tracked:
 class RequestTracker:
     """The requests on their way, by id; keeps `LiveState` in step with them."""
 
-    def __init__(self, state: LiveState, metrics: Metrics) -> None:
+    def __init__(self, state: LiveState, metrics: Metrics, statistics: PolicyStatistics) -> None:
         self._state = state
         self._metrics = metrics
+        self._statistics = statistics
         self._tracked: dict[str, Tracked] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
 
@@ -188,12 +190,16 @@ class RequestTracker:
         return dropped
 
     def _count(self, known: Tracked, decision: Decision, *, complete: bool, now_s: float) -> None:
-        labels = (decision.snapshot.full_name, known.expert or "")
+        policy = decision.snapshot.full_name
+        labels = (policy, known.expert or "")
         outcome = _outcome(known, complete=complete)
         self._metrics.completions.labels(*labels, outcome).inc()
-        tokens = known.counter.total
-        if outcome is not Outcome.OK or not tokens or decision.admitted is None:
+        if outcome is not Outcome.OK:
+            self._statistics.failed(policy, now_s=now_s)
             return
+        tokens = known.counter.total
+        if not tokens or decision.admitted is None:
+            return  # its latency per token is not known
         last = known.last_token_s or now_s
         per_token = (last - known.arrival_s) / tokens
         self._metrics.latency_per_token.labels(*labels).observe(per_token)
@@ -201,11 +207,25 @@ class RequestTracker:
         if known.first_token_s is not None:
             first = known.first_token_s - known.arrival_s
             self._metrics.time_to_first_token.labels(*labels).observe(first)
-        if per_token > decision.admitted.limit_s:
+        in_time = per_token <= decision.admitted.limit_s
+        if not in_time:
             self._metrics.violations.labels(*labels).inc()
+        quality = _predicted_quality(known, decision, decision.admitted)
+        self._statistics.completed(policy, quality=quality, in_time=in_time, now_s=now_s)
 
 
 def _outcome(known: Tracked, *, complete: bool) -> Outcome:
     if not complete:
         return Outcome.ABORTED
     return Outcome.ERROR if known.status >= 400 else Outcome.OK
+
+
+def _predicted_quality(known: Tracked, decision: Decision, admitted: Admitted) -> float:
+    """What was predicted of the endpoint that served, which need not be the chosen one."""
+    if decision.chosen is None or known.served_by in (None, "", decision.chosen.address):
+        return admitted.quality
+    experts = (known.expert or "").split(",")  # several where they share an address
+    for i, candidate in enumerate(decision.snapshot.candidates):
+        if candidate.address == known.served_by and candidate.expert in experts:
+            return float(decision.quality[i])
+    return admitted.quality

@@ -1,4 +1,4 @@
-"""Noticing that manifests have changed.
+"""Noticing that files have changed.
 
 File events tell at once, and a look at the files every second backs them up: events stop
 when a watched folder is deleted, and some file systems send none. In either case the
@@ -20,6 +20,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -29,15 +30,16 @@ from watchfiles import Change, awatch
 log = structlog.get_logger(__name__)
 
 Contents = Mapping[Path, bytes]
-"""Digest of each manifest file by path."""
+"""Digest of each file by path."""
 
-_SUFFIXES: Final = frozenset({".yaml", ".yml"})
-_MAX_BYTES: Final = 1024 * 1024
-"""Of a file, so much is looked at; longer manifests are refused anyway."""
+MANIFESTS: Final = frozenset({".yaml", ".yml"})
+"""What the files in a folder end on to be looked at."""
+MAX_BYTES: Final = 1024 * 1024
+"""Of a file, so much is looked at; longer ones are refused anyway (etcd's own limit)."""
 
 
-def manifest_files(paths: Iterable[Path]) -> list[Path]:
-    """The files given, and all ``*.yaml`` and ``*.yml`` in the folders given, sorted.
+def watched_files(paths: Iterable[Path], *, suffixes: Collection[str] = MANIFESTS) -> list[Path]:
+    """The files given, and all of these suffixes in the folders given, sorted.
 
     Hidden files and folders are left out: a mounted ConfigMap keeps its files in such a
     folder and links to them from beside it. Links to folders are followed, each folder once.
@@ -45,18 +47,18 @@ def manifest_files(paths: Iterable[Path]) -> list[Path]:
     files: set[Path] = set()
     for path in paths:
         if _is_folder(path):
-            files.update(_files_below(path))
+            files.update(_files_below(path, suffixes))
         else:
             files.add(path)
     return sorted(files)
 
 
-def manifest_contents(paths: Iterable[Path]) -> Contents:
-    """Digests of the :func:`manifest_files`; those that cannot be read count as absent."""
+def file_contents(paths: Iterable[Path], *, suffixes: Collection[str] = MANIFESTS) -> Contents:
+    """Digests of the :func:`watched_files`; those that cannot be read count as absent."""
     contents: dict[Path, bytes] = {}
-    for path in manifest_files(paths):
+    for path in watched_files(paths, suffixes=suffixes):
         with suppress(OSError), path.open("rb") as file:
-            contents[path] = hashlib.blake2b(file.read(_MAX_BYTES + 1)).digest()
+            contents[path] = hashlib.blake2b(file.read(MAX_BYTES + 1)).digest()
     return contents
 
 
@@ -66,7 +68,7 @@ def _is_folder(path: Path) -> bool:
     return False
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
     visited: set[str] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -77,35 +79,37 @@ def _files_below(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = Path(parent)
         for name in names:
-            if not name.startswith(".") and Path(name).suffix in _SUFFIXES:
+            if not name.startswith(".") and Path(name).suffix in suffixes:
                 yield here / name
 
 
-async def watch_manifests(
+async def watch_files(
     paths: Sequence[Path],
     on_change: Callable[[], Awaitable[None]],
     *,
+    suffixes: Collection[str] = MANIFESTS,
     known: Contents | None = None,
     poll_seconds: float = 1.0,
     debounce_ms: int = 100,
 ) -> None:
-    """Await ``on_change()`` whenever manifests change; runs until it is cancelled.
+    """Await ``on_change()`` whenever the :func:`watched_files` change; runs until it is cancelled.
 
-    ``known`` is what :func:`manifest_contents` gave before the caller read the files, so
+    ``known`` is what :func:`file_contents` gave before the caller read the files, so
     that no change is lost in between; without it, changes count from the start. Changes
     within ``debounce_ms`` are one. Paths may be absent, deleted and created again. An
     exception from ``on_change`` is logged and the watch goes on.
     """
-    seen = await asyncio.to_thread(manifest_contents, paths) if known is None else known
+    look = partial(file_contents, paths, suffixes=suffixes)
+    seen = await asyncio.to_thread(look) if known is None else known
     marks: Mapping[Path, object] | None = None
     while True:
         roots = _roots(paths)
         rounds = _rounds(roots, poll_seconds=poll_seconds, debounce_ms=debounce_ms)
         async with aclosing(rounds):
             async for events in rounds:
-                former, marks = marks, await asyncio.to_thread(_marks, paths)
+                former, marks = marks, await asyncio.to_thread(_marks, paths, suffixes)
                 if events or marks != former:
-                    contents = await asyncio.to_thread(manifest_contents, paths)
+                    contents = await asyncio.to_thread(look)
                     changed, seen = contents != seen, contents
                     if changed:
                         await _notify(on_change)
@@ -114,11 +118,11 @@ async def watch_manifests(
 
 
 async def _notify(on_change: Callable[[], Awaitable[None]]) -> None:
-    log.info("manifests changed")
+    log.info("files changed")
     try:
         await on_change()
     except Exception:
-        log.exception("manifests not reloaded")
+        log.exception("files not reloaded")
 
 
 async def _rounds(
@@ -161,10 +165,10 @@ def _roots(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
     return roots
 
 
-def _marks(paths: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+def _marks(paths: Iterable[Path], suffixes: Collection[str]) -> dict[Path, tuple[int, int, int]]:
     """What tells cheaply that a file has changed: its inode, size and time."""
     marks = {}
-    for path in manifest_files(paths):
+    for path in watched_files(paths, suffixes=suffixes):
         with suppress(OSError):
             status = path.stat()
             marks[path] = (status.st_ino, status.st_size, status.st_mtime_ns)

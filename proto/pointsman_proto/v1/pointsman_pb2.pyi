@@ -83,3 +83,95 @@ class CandidateExplanation(_message.Message):
     predicted_time_to_first_token_ms: float
     in_flight: int
     def __init__(self, expert: _Optional[str] = ..., endpoint: _Optional[str] = ..., eligible: _Optional[bool] = ..., score: _Optional[float] = ..., expected_quality: _Optional[float] = ..., in_time: _Optional[bool] = ..., predicted_latency_per_token_ms: _Optional[float] = ..., predicted_time_to_first_token_ms: _Optional[float] = ..., in_flight: _Optional[int] = ...) -> None: ...
+
+class PublishRequest(_message.Message):
+    __slots__ = ("publisher", "sequence", "snapshots", "allow_empty")
+    PUBLISHER_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_EMPTY_FIELD_NUMBER: _ClassVar[int]
+    publisher: str
+    sequence: int
+    snapshots: _containers.RepeatedCompositeFieldContainer[PublishedSnapshot]
+    allow_empty: bool
+    def __init__(self, publisher: _Optional[str] = ..., sequence: _Optional[int] = ..., snapshots: _Optional[_Iterable[_Union[PublishedSnapshot, _Mapping]]] = ..., allow_empty: _Optional[bool] = ...) -> None: ...
+
+class PublishedSnapshot(_message.Message):
+    __slots__ = ("namespace", "policy", "generation", "version", "snapshot_json")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_JSON_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    policy: str
+    generation: int
+    version: str
+    snapshot_json: bytes
+    def __init__(self, namespace: _Optional[str] = ..., policy: _Optional[str] = ..., generation: _Optional[int] = ..., version: _Optional[str] = ..., snapshot_json: _Optional[bytes] = ...) -> None: ...
+
+class AppliedSnapshot(_message.Message):
+    __slots__ = ("namespace", "policy", "generation", "version")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    policy: str
+    generation: int
+    version: str
+    def __init__(self, namespace: _Optional[str] = ..., policy: _Optional[str] = ..., generation: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+
+class PublishResponse(_message.Message):
+    __slots__ = ("applied", "instance_id")
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    applied: _containers.RepeatedCompositeFieldContainer[AppliedSnapshot]
+    instance_id: str
+    def __init__(self, applied: _Optional[_Iterable[_Union[AppliedSnapshot, _Mapping]]] = ..., instance_id: _Optional[str] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusResponse(_message.Message):
+    __slots__ = ("instance_id", "applied", "policies", "endpoints")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    POLICIES_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    applied: _containers.RepeatedCompositeFieldContainer[AppliedSnapshot]
+    policies: _containers.RepeatedCompositeFieldContainer[PolicyStats]
+    endpoints: _containers.RepeatedCompositeFieldContainer[EndpointStats]
+    def __init__(self, instance_id: _Optional[str] = ..., applied: _Optional[_Iterable[_Union[AppliedSnapshot, _Mapping]]] = ..., policies: _Optional[_Iterable[_Union[PolicyStats, _Mapping]]] = ..., endpoints: _Optional[_Iterable[_Union[EndpointStats, _Mapping]]] = ...) -> None: ...
+
+class PolicyStats(_message.Message):
+    __slots__ = ("namespace", "policy", "requests", "violations", "rejected", "failed", "predicted_qos_sum", "window_seconds")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    VIOLATIONS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_QOS_SUM_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    policy: str
+    requests: int
+    violations: int
+    rejected: int
+    failed: int
+    predicted_qos_sum: float
+    window_seconds: float
+    def __init__(self, namespace: _Optional[str] = ..., policy: _Optional[str] = ..., requests: _Optional[int] = ..., violations: _Optional[int] = ..., rejected: _Optional[int] = ..., failed: _Optional[int] = ..., predicted_qos_sum: _Optional[float] = ..., window_seconds: _Optional[float] = ...) -> None: ...
+
+class EndpointStats(_message.Message):
+    __slots__ = ("address", "ready", "in_flight")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    ready: bool
+    in_flight: int
+    def __init__(self, address: _Optional[str] = ..., ready: _Optional[bool] = ..., in_flight: _Optional[int] = ...) -> None: ...

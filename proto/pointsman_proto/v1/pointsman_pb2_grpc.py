@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class PolicyServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """Decisions, for people and tools; on the data port.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -47,7 +48,8 @@ class PolicyServiceStub:
 
 
 class PolicyServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Decisions, for people and tools; on the data port.
+    """
 
     def Decide(self, request, context):
         """Decides one request, counted and in turn like Envoy's. Nothing is reserved: the
@@ -88,7 +90,8 @@ def add_PolicyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PolicyService:
-    """Missing associated documentation comment in .proto file."""
+    """Decisions, for people and tools; on the data port.
+    """
 
     @staticmethod
     def Decide(request,
@@ -134,6 +137,130 @@ class PolicyService:
             '/pointsman.v1.PolicyService/Explain',
             pointsman__proto_dot_v1_dot_pointsman__pb2.ExplainRequest.SerializeToString,
             pointsman__proto_dot_v1_dot_pointsman__pb2.Explanation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class SnapshotServiceStub:
+    """What the operator tells and asks; on the control port only.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Publish = channel.unary_unary(
+                '/pointsman.v1.SnapshotService/Publish',
+                request_serializer=pointsman__proto_dot_v1_dot_pointsman__pb2.PublishRequest.SerializeToString,
+                response_deserializer=pointsman__proto_dot_v1_dot_pointsman__pb2.PublishResponse.FromString,
+                _registered_method=True)
+        self.Status = channel.unary_unary(
+                '/pointsman.v1.SnapshotService/Status',
+                request_serializer=pointsman__proto_dot_v1_dot_pointsman__pb2.StatusRequest.SerializeToString,
+                response_deserializer=pointsman__proto_dot_v1_dot_pointsman__pb2.StatusResponse.FromString,
+                _registered_method=True)
+
+
+class SnapshotServiceServicer:
+    """What the operator tells and asks; on the control port only.
+    """
+
+    def Publish(self, request, context):
+        """Puts a complete set of snapshots in force, all or nothing; what is not in it is dropped.
+        Told again, it changes nothing.
+        INVALID_ARGUMENT: a snapshot is unreadable, its version is not that of its content, two
+        policies answer one model, or the set is empty; the message has the reasons.
+        FAILED_PRECONDITION: the publisher has sent a later sequence before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Status(self, request, context):
+        """What is in force, and how the policies did lately.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_SnapshotServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Publish': grpc.unary_unary_rpc_method_handler(
+                    servicer.Publish,
+                    request_deserializer=pointsman__proto_dot_v1_dot_pointsman__pb2.PublishRequest.FromString,
+                    response_serializer=pointsman__proto_dot_v1_dot_pointsman__pb2.PublishResponse.SerializeToString,
+            ),
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=pointsman__proto_dot_v1_dot_pointsman__pb2.StatusRequest.FromString,
+                    response_serializer=pointsman__proto_dot_v1_dot_pointsman__pb2.StatusResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'pointsman.v1.SnapshotService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('pointsman.v1.SnapshotService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class SnapshotService:
+    """What the operator tells and asks; on the control port only.
+    """
+
+    @staticmethod
+    def Publish(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pointsman.v1.SnapshotService/Publish',
+            pointsman__proto_dot_v1_dot_pointsman__pb2.PublishRequest.SerializeToString,
+            pointsman__proto_dot_v1_dot_pointsman__pb2.PublishResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pointsman.v1.SnapshotService/Status',
+            pointsman__proto_dot_v1_dot_pointsman__pb2.StatusRequest.SerializeToString,
+            pointsman__proto_dot_v1_dot_pointsman__pb2.StatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,4 +1,4 @@
-"""Watching manifests on a real file system."""
+"""Watching files on a real file system."""
 
 import asyncio
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pointsman_policy.watch import manifest_contents, manifest_files, watch_manifests
+from pointsman_policy.watch import file_contents, watch_files, watched_files
 
 pytestmark = pytest.mark.integration
 
@@ -28,10 +28,10 @@ async def watching(
     async def on_change() -> None:
         changes.put_nowait(content(*paths))
 
-    known = manifest_contents(paths)
+    known = file_contents(paths)
     before()
     task = asyncio.create_task(
-        watch_manifests(paths, on_change, known=known, poll_seconds=poll_seconds, debounce_ms=10)
+        watch_files(paths, on_change, known=known, poll_seconds=poll_seconds, debounce_ms=10)
     )
     yield changes
     assert not task.done(), task
@@ -41,7 +41,7 @@ async def watching(
 
 
 def content(*paths: Path) -> dict[str, str]:
-    return {file.name: file.read_text() for file in manifest_files(paths) if file.exists()}
+    return {file.name: file.read_text() for file in watched_files(paths) if file.exists()}
 
 
 def write(file: Path, text: str) -> None:
@@ -158,8 +158,8 @@ async def test_an_error_in_the_callback_does_not_end_the_watch(folder: Path):
         calls.put_nowait(None)
         raise ValueError("bad manifests")
 
-    known = manifest_contents([folder])
-    watch = watch_manifests([folder], on_change, known=known, poll_seconds=0.2, debounce_ms=10)
+    known = file_contents([folder])
+    watch = watch_files([folder], on_change, known=known, poll_seconds=0.2, debounce_ms=10)
     task = asyncio.create_task(watch)
     for text in ("two", "three"):
         (folder / "a.yaml").write_text(text)
@@ -183,10 +183,17 @@ def test_which_files_are_manifests(tmp_path: Path):
         (tmp_path / name).write_text("")
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
     (tmp_path / "linked").symlink_to("..data")
-    names = [str(path.relative_to(tmp_path)) for path in manifest_files([tmp_path])]
+    names = [str(path.relative_to(tmp_path)) for path in watched_files([tmp_path])]
     assert names == ["a.yml", "b.yaml", "linked/e.yaml", "sub/c.yaml"]
+
+
+def test_other_suffixes_may_be_asked_for(tmp_path: Path):
+    for name in ("a.yaml", "b.json"):
+        (tmp_path / name).write_text("")
+    assert watched_files([tmp_path], suffixes={".json"}) == [tmp_path / "b.json"]
+    assert list(file_contents([tmp_path], suffixes={".json"})) == [tmp_path / "b.json"]
 
 
 def test_files_that_cannot_be_read_count_as_absent(tmp_path: Path):
     (tmp_path / "dangling.yaml").symlink_to("nowhere")
-    assert manifest_contents([tmp_path, tmp_path / "absent"]) == {}
+    assert file_contents([tmp_path, tmp_path / "absent"]) == {}

@@ -117,9 +117,19 @@ def test_first_token_limit_is_not_below_the_limit_per_token():
     assert "milliseconds" in message
 
 
+@pytest.mark.parametrize("key", ["k", "K_1.a-b", "k" * 63, "example.com/k", "d" * 253 + "/k"])
+def test_label_keys(key):
+    LabelSelector(match_labels={key: "v"})
+
+
+@pytest.mark.parametrize("key", ["", "a b", "k-", "k" * 64, "Example.com/k", "/k", "a/b/c", "k\n"])
+def test_label_keys_that_no_label_can_have(key):
+    (message,) = messages(LabelSelector, {"matchLabels": {key: "v"}})
+    assert message.startswith("a label key must be up to 63 letters")
+
+
 def test_label_keys_have_a_bound():
-    LabelSelector(match_labels={"k" * 317: "v"})
-    messages(LabelSelector, {"matchLabels": {"k" * 318: "v"}})
+    messages(LabelSelector, {"matchLabels": {"d" * 254 + "/" + "k" * 63: "v"}})
 
 
 def test_status_counts_no_more_ready_endpoints_than_there_are():

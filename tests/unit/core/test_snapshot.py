@@ -1,10 +1,22 @@
 """Snapshots: what they select, and that equal content means an equal version."""
 
+import hashlib
+import json
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pointsman_core.resources import LLMExpert, RoutingPolicy
-from pointsman_core.snapshot import Snapshot, canonical_address, compile_snapshot, selects
+from pointsman_core.snapshot import (
+    NO_VERSION,
+    Snapshot,
+    canonical_address,
+    compile_snapshot,
+    read_snapshot,
+    selects,
+)
 
 ENDPOINTS = {"a": ("10.0.0.2:1", "10.0.0.1:1"), "b": ("10.0.0.3:1",)}
 
@@ -100,3 +112,62 @@ def test_addresses_have_one_spelling(written, want):
 def test_two_spellings_of_an_address_are_one_candidate(build):
     snapshot = build.snapshot(build.expert("a", "[::1]:80", "[0:0::1]:80"))
     assert [c.address for c in snapshot.candidates] == ["[::1]:80"]
+
+
+class TestReading:
+    @pytest.fixture
+    def content(self):
+        spec = {"aliases": ["x"], "profile": {"kvCacheGiB": 5.1}}
+        return compile_snapshot(policy(), [expert("a", **spec)], ENDPOINTS).model_dump_json()
+
+    @given(
+        limit=st.floats(1e-3, 6e5),
+        score=st.floats(0, 1),
+        word=st.text(min_size=1, max_size=9).filter(lambda w: w.isprintable()),
+    )
+    def test_gives_exactly_what_was_written(self, limit, score, word):
+        rule = {"name": "code", "keywords": [word]}
+        written = compile_snapshot(
+            policy(qos={"latencyPerTokenMs": limit}, domains=[rule]),
+            [expert("a", quality={"default": score})],
+            ENDPOINTS,
+        )
+        read = read_snapshot(written.model_dump_json().encode())
+        assert read == written
+        assert read.model_dump_json() == written.model_dump_json()
+
+    def test_spaces_do_not_matter(self, content):
+        assert read_snapshot(json.dumps(json.loads(content), indent=2)).policy == "auto"
+
+    def test_what_an_older_release_wrote_is_read(self, content):
+        """As if aliases had come later: the writer's content, and so its version, lacks them."""
+        old = json.loads(content) | {"version": NO_VERSION}
+        for candidate in old["candidates"]:
+            del candidate["aliases"]
+        text = json.dumps(old, separators=(",", ":"))
+        version = hashlib.sha256(text.encode()).hexdigest()[:16]
+        read = read_snapshot(text.replace(NO_VERSION, version))
+        assert read.version == version
+        assert {candidate.aliases for candidate in read.candidates} == {()}
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ('"generation":7', '"generation":8', "but its content has"),
+            ('"generation":7', '"generation":"7"', "generation: Input should be a valid integer"),
+            ('"generation":7', '"age":7', r"Field required \(and 1 more\)"),
+            ('"policy":"auto",', "", "policy: Field required"),
+            ('"algorithm":"', '"algorithm":"New', "algorithm: Input should be"),
+            ("{", "", "Invalid JSON"),
+            ('"aliases":["x"],', "", "but its content has"),
+        ],
+    )
+    def test_what_is_wrong_is_refused(self, old, new, message, content):
+        assert old in content
+        with pytest.raises(ValueError, match=message):
+            read_snapshot(content.replace(old, new, 1))
+
+    @pytest.mark.parametrize("content", [b"", b"\xff", b"null", b"[]", b"{}"])
+    def test_what_is_none_is_refused(self, content):
+        with pytest.raises(ValueError, match="is no snapshot"):
+            read_snapshot(content)

@@ -28,6 +28,7 @@ class TableMachine(RuleBasedStateMachine):
         self.state = LiveState()
         self.requests: dict[str, dict] = {}
         self.ready: dict[str, bool] = {}
+        self.left: set[str] = set()
         self.most_known = 0
 
     @rule(wanted=st.lists(st.sampled_from(POOL), max_size=8))
@@ -35,7 +36,12 @@ class TableMachine(RuleBasedStateMachine):
         before = {address: self.state.row(address) for address in self.ready}
         occupied = {request["address"] for request in self.requests.values()}
         self.state.set_endpoints(wanted)
-        kept = {a: r and a in wanted for a, r in self.ready.items() if a in {*wanted, *occupied}}
+        kept = {
+            a: a in wanted and (r or a in self.left)
+            for a, r in self.ready.items()
+            if a in {*wanted, *occupied}
+        }
+        self.left = kept.keys() - {*wanted}
         self.ready = dict.fromkeys(wanted, True) | kept
         self.most_known = max(self.most_known, len(self.ready))
         assert all(self.state.row(a) == before[a] for a in kept), "a known endpoint changed its row"
@@ -146,6 +152,18 @@ def test_an_endpoint_that_left_is_not_ready_and_goes_when_its_last_request_has_e
     state.finish("r")
     state.set_endpoints([A])
     assert state.addresses == (A,)
+
+
+def test_an_endpoint_that_comes_back_starts_anew_also_with_requests_on_it(state, build):
+    state.begin("r", B, build.admitted())
+    state.set_ready(B, ready=False)
+    state.set_endpoints([A])
+    state.set_endpoints([A, B])
+    assert state.is_ready(B)
+    assert state.in_flight(B) == 1
+    state.set_ready(B, ready=False)
+    state.set_endpoints([A, B])
+    assert not state.is_ready(B), "it had not left"
 
 
 def test_a_reused_row_starts_without_the_gauges_of_its_former_endpoint(state):
