@@ -83,7 +83,10 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("update", "message"),
         [
-            ({"address": "engine.local:8000"}, "default/a: 'engine.local:8000' is no ip:port: host names are not resolved"),
+            (
+                {"address": "engine.local:8000"},
+                "default/a: 'engine.local:8000' is no ip:port: host names are not resolved",
+            ),
             ({"address": "10.0.0.1:0"}, "default/a: '10.0.0.1:0' has no port"),
             ({"address": "10.0.0.256:1"}, "default/a: '10.0.0.256:1' is no ip:port"),
             ({"model": "a,b"}, f"default/a: comma in a name of {A}"),
