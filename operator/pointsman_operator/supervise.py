@@ -64,6 +64,9 @@ async def operate(
         if (refusal := memo.get("refusal")) is not None:
             raise StartError(refusal) from error
         raise
+    finally:
+        if stop_flag is not None:
+            stop_flag.set()  # kopf waits for it in a thread, which would keep the loop from closing
 
 
 def supervise(
