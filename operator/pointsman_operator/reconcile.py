@@ -141,10 +141,14 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
         if p.snapshot is not None
         and previous.stored.get(p.meta.key) != StoredSnapshot(p.snapshot.version, p.meta.uid)
     )
+    served = {Key(s.namespace, c.expert) for s in snapshots.values() for c in s.candidates}
     statuses = tuple(
         write
         for write in (
-            *(_expert_status(one, observed.probes, previous, now) for one in experts.values()),
+            *(
+                _expert_status(one, observed.probes, previous, now, in_force=key in served)
+                for key, one in experts.items()
+            ),
             *(_policy_status(one, observed, previous, now) for one in policies),
         )
         if write is not None
@@ -223,7 +227,12 @@ def _object_meta(meta: Meta) -> ObjectMeta:
 
 
 def _expert_status(
-    expert: _Expert, probes: Mapping[str, Probe], previous: Previous, now: datetime
+    expert: _Expert,
+    probes: Mapping[str, Probe],
+    previous: Previous,
+    now: datetime,
+    *,
+    in_force: bool,
 ) -> StatusWrite | None:
     ready = expert.resolution.ready
     probed = {address: probes[address] for address in ready if address in probes}
@@ -232,17 +241,19 @@ def _expert_status(
     return _status_write(
         Kind.EXPERT,
         expert.found,
-        [_expert_ready(expert, reachable, served), reachable, served],
+        [_expert_ready(expert, reachable, served, in_force=in_force), reachable, served],
         {"endpoints": {"ready": len(ready), "total": expert.resolution.total}},
         previous,
         now,
     )
 
 
-def _expert_ready(expert: _Expert, reachable: Finding, served: Finding) -> Finding:
+def _expert_ready(
+    expert: _Expert, reachable: Finding, served: Finding, *, in_force: bool
+) -> Finding:
     resolution = expert.resolution
     if expert.fault is not None:
-        held = "; what was in force before stays" if resolution.ready or expert.frozen else ""
+        held = "; what was in force before stays" if in_force else ""
         return Finding(Type.READY, FALSE, expert.fault, expert.message + held)
     if not resolution.ready:
         if not resolution.total:
