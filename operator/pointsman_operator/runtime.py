@@ -34,7 +34,7 @@ from pointsman_operator.reconcile import (
     reconcile,
 )
 from pointsman_operator.settings import OperatorSettings
-from pointsman_operator.stats import PrometheusStats, from_servers
+from pointsman_operator.stats import PrometheusStats, filled, from_servers
 from pointsman_operator.store import Store
 
 HEARTBEAT_S: Final = 5.0
@@ -364,15 +364,12 @@ class Operator:
         prometheus = PrometheusStats(url) if url else None
         while True:
             self.health.beat("stats", now=self._clock())
-            try:
-                found = (
-                    await asyncio.to_thread(prometheus.read)
-                    if prometheus
-                    else from_servers(self._publisher.counts())
-                )
-            except (OSError, ValueError) as error:
-                log.warning("no averages from Prometheus", error=str(error))
-                found = dict(self._performance)
+            found = from_servers(self._publisher.counts())
+            if prometheus is not None:
+                try:
+                    found = filled(await asyncio.to_thread(prometheus.read), found)
+                except (OSError, ValueError) as error:
+                    log.warning("no averages from Prometheus", error=str(error))
             if found != self._performance:
                 self._performance = found
                 self._unwritten.set()

@@ -44,6 +44,20 @@ def from_servers(servers: Iterable[Mapping[Key, PolicyCounts]]) -> dict[Key, Per
     }
 
 
+def filled(
+    found: Mapping[Key, Performance], others: Mapping[Key, Performance]
+) -> dict[Key, Performance]:
+    """Averages of which the missing ones are taken from elsewhere."""
+    merged = dict(others)
+    for key, one in found.items():
+        other = others.get(key, Performance())
+        merged[key] = Performance(
+            other.average_qos if one.average_qos is None else one.average_qos,
+            other.violation_rate if one.violation_rate is None else one.violation_rate,
+        )
+    return merged
+
+
 class PrometheusStats:
     """Averages by PromQL; blocking, so call it in a thread."""
 

@@ -47,6 +47,8 @@ class FakeCluster:
     async def write_status(self, write):
         self._check("status", write)
         table = self.objects[write.ref.kind]
+        if write.ref.key.name not in table:
+            raise ClusterError("gone", status=404)
         table[write.ref.key.name] = table[write.ref.key.name] | {"status": write.status}
 
     async def post_event(self, ref, transition, _now):
