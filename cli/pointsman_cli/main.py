@@ -10,6 +10,7 @@ from pointsman_cli import resources
 from pointsman_cli.bench.cli import app as bench
 from pointsman_cli.demo.command import demo
 from pointsman_engine_sim.cli import engine_sim
+from pointsman_operator.cli import operator
 from pointsman_policy.cli import envoy, policy_server, snapshot
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 
 app.command("demo")(demo)
 app.command("policy-server")(policy_server)
+app.command("operator")(operator)
 app.command("envoy")(envoy)
 app.command("engine-sim")(engine_sim)
 app.add_typer(bench, name="bench")

@@ -143,6 +143,8 @@ KINDS = (
             Column("Algorithm", ".spec.algorithm"),
             Column("Limit", ".spec.qos.latencyPerTokenMs", "number", "Milliseconds per token."),
             Column("Ready", _ready("status")),
+            Column("QoS", ".status.averageQos", "number", "Mean over the last minutes."),
+            Column("Late", ".status.violationRate", "number", "Share of requests over the limit."),
             Column("Experts", ".status.experts", "integer", priority=1),
             Column("Admission", ".spec.admission", priority=1),
             Column("Snapshot", ".status.snapshotVersion", priority=1),

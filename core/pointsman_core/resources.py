@@ -318,6 +318,13 @@ class RoutingPolicyStatus(Status):
     experts: int | None = Field(
         default=None, ge=0, le=2**31 - 1, description="Experts that the policy selects."
     )
+    average_qos: Score | None = Field(
+        default=None,
+        description="Mean predicted quality over the last minutes, 0 for answers too late.",
+    )
+    violation_rate: Score | None = Field(
+        default=None, description="Share of requests over the limit in the last minutes."
+    )
 
 
 # --- LLMExpert -------------------------------------------------------------------------

@@ -30,6 +30,8 @@ STATUSES = {
     "LLMExpert": {"endpoints": {"ready": 2, "total": 3}, "conditions": [CONDITION]},
     "RoutingPolicy": {
         "experts": 4,
+        "averageQos": 0.75,
+        "violationRate": 0.25,
         "snapshotVersion": "0123456789abcdef",
         "conditions": [CONDITION],
     },
@@ -51,6 +53,8 @@ COLUMNS = {
         "ALGORITHM": "LatencyQualityGreedy",
         "LIMIT": "60",
         "READY": "True",
+        "QOS": "0.75",
+        "LATE": "0.25",
         "EXPERTS": "4",
         "ADMISSION": "BestEffort",
         "SNAPSHOT": "0123456789abcdef",

@@ -1,0 +1,276 @@
+"""Status conditions: their reasons, and how they change over time. Pure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Final
+
+from pointsman_core.resources import ConditionStatus
+
+TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
+
+MAX_MESSAGE: Final = 1024
+"""Characters of a condition's message; an Event takes no more either."""
+
+EXPERT: Final = "LLMExpert"
+POLICY: Final = "RoutingPolicy"
+
+JsonObject = Mapping[str, Any]
+
+
+class Type(StrEnum):
+    """The conditions."""
+
+    READY = "Ready"
+    REACHABLE = "Reachable"
+    MODEL_SERVED = "ModelServed"
+    ACCEPTED = "Accepted"
+    RESOLVED_REFS = "ResolvedRefs"
+    MODEL_LOADED = "ModelLoaded"
+    PROGRAMMED = "Programmed"
+
+
+class Reason(StrEnum):
+    """Why a condition has its status; part of the API, like the conditions' names."""
+
+    INVALID_SPEC = "InvalidSpec"
+    # LLMExpert
+    ENDPOINTS_READY = "EndpointsReady"
+    NO_ENDPOINTS = "NoEndpoints"
+    NO_READY_ENDPOINTS = "NoReadyEndpoints"
+    SERVICE_NOT_FOUND = "ServiceNotFound"
+    SERVICE_NOT_SUPPORTED = "ServiceNotSupported"
+    PORT_NOT_FOUND = "PortNotFound"
+    POOL_NOT_FOUND = "InferencePoolNotFound"
+    POOL_NOT_INSTALLED = "InferencePoolNotInstalled"
+    ALL_ANSWER = "AllAnswer"
+    SOME_ANSWER = "SomeAnswer"
+    NONE_ANSWERS = "NoneAnswers"
+    NOT_PROBED = "NotProbed"
+    MODEL_LISTED = "ModelListed"
+    MODEL_NOT_LISTED = "ModelNotListed"
+    LIST_UNAVAILABLE = "ListUnavailable"
+    # RoutingPolicy
+    ACCEPTED = "Accepted"
+    NOT_ACCEPTED = "NotAccepted"
+    UNKNOWN_ALGORITHM = "UnknownAlgorithm"
+    MODEL_NAME_CONFLICT = "ModelNameConflict"
+    ALL_RESOLVED = "AllResolved"
+    NO_EXPERTS = "NoExperts"
+    EXPERT_NOT_RESOLVED = "ExpertNotResolved"
+    NO_MODEL_NEEDED = "NoModelNeeded"
+    ACKNOWLEDGED = "Acknowledged"
+    PENDING = "Pending"
+    REFUSED = "Refused"
+    SERVER_UNREACHABLE = "ServerUnreachable"
+    NO_POLICY_SERVERS = "NoPolicyServers"
+    SERVING = "Serving"
+    DEGRADED = "Degraded"
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """One combination that can occur, for the reference."""
+
+    kind: str
+    type: Type
+    status: ConditionStatus
+    reason: Reason
+    text: str
+
+
+def _meanings(
+    kind: str, type_: Type, *rows: tuple[ConditionStatus, Reason, str]
+) -> tuple[Meaning, ...]:
+    return tuple(Meaning(kind, type_, *row) for row in rows)
+
+
+_UNRESOLVED: Final = (
+    (FALSE, Reason.INVALID_SPEC, "the spec is not valid for this version of the operator"),
+    (FALSE, Reason.SERVICE_NOT_FOUND, "`backend.service.name` does not exist"),
+    (FALSE, Reason.SERVICE_NOT_SUPPORTED, "the Service is an ExternalName: write `addresses`"),
+    (FALSE, Reason.PORT_NOT_FOUND, "the Service has no TCP port `backend.service.port`"),
+    (FALSE, Reason.POOL_NOT_FOUND, "`backend.inferencePool.name` does not exist"),
+    (FALSE, Reason.POOL_NOT_INSTALLED, "the cluster has no InferencePool v1 CRD"),
+)
+
+MEANINGS: Final = (
+    *_meanings(
+        EXPERT,
+        Type.READY,
+        (TRUE, Reason.ENDPOINTS_READY, "at least one endpoint is ready"),
+        (FALSE, Reason.NO_ENDPOINTS, "the backend was found but has no endpoints"),
+        (FALSE, Reason.NO_READY_ENDPOINTS, "none of the endpoints is ready"),
+        (FALSE, Reason.NONE_ANSWERS, "endpoints are ready, but none answers the operator"),
+        (FALSE, Reason.MODEL_NOT_LISTED, "the engine serves other models"),
+        *_UNRESOLVED,
+    ),
+    *_meanings(
+        EXPERT,
+        Type.REACHABLE,
+        (TRUE, Reason.ALL_ANSWER, "every ready endpoint answers `GET /v1/models`"),
+        (TRUE, Reason.SOME_ANSWER, "some do"),
+        (FALSE, Reason.NONE_ANSWERS, "none does"),
+        (UNKNOWN, Reason.NOT_PROBED, "none was asked yet, or none is ready"),
+    ),
+    *_meanings(
+        EXPERT,
+        Type.MODEL_SERVED,
+        (TRUE, Reason.MODEL_LISTED, "`/v1/models` lists `spec.model`"),
+        (FALSE, Reason.MODEL_NOT_LISTED, "it lists others; the message says which"),
+        (UNKNOWN, Reason.LIST_UNAVAILABLE, "there is no readable list, such as without API key"),
+        (UNKNOWN, Reason.NOT_PROBED, "no endpoint has answered yet"),
+    ),
+    *_meanings(
+        POLICY,
+        Type.ACCEPTED,
+        (TRUE, Reason.ACCEPTED, "the spec is valid and its model names are free"),
+        (FALSE, Reason.INVALID_SPEC, "the spec is not valid for this version of the operator"),
+        (FALSE, Reason.UNKNOWN_ALGORITHM, "this version of the operator lacks the algorithm"),
+        (FALSE, Reason.MODEL_NAME_CONFLICT, "an older policy answers one of the model names"),
+    ),
+    *_meanings(
+        POLICY,
+        Type.RESOLVED_REFS,
+        (TRUE, Reason.ALL_RESOLVED, "the selector finds experts, and their backends exist"),
+        (FALSE, Reason.NO_EXPERTS, "the selector finds no expert"),
+        (FALSE, Reason.EXPERT_NOT_RESOLVED, "some experts are invalid or lack their backend"),
+        (UNKNOWN, Reason.NOT_ACCEPTED, "the spec was not accepted"),
+    ),
+    *_meanings(
+        POLICY,
+        Type.MODEL_LOADED,
+        (TRUE, Reason.NO_MODEL_NEEDED, "the algorithm needs no learned model"),
+        (UNKNOWN, Reason.NOT_ACCEPTED, "the spec was not accepted"),
+    ),
+    *_meanings(
+        POLICY,
+        Type.PROGRAMMED,
+        (TRUE, Reason.ACKNOWLEDGED, "every ready policy server has this generation in force"),
+        (UNKNOWN, Reason.PENDING, "it is being sent"),
+        (FALSE, Reason.REFUSED, "a policy server refused it; the message says why"),
+        (FALSE, Reason.SERVER_UNREACHABLE, "a policy server does not answer"),
+        (FALSE, Reason.NO_POLICY_SERVERS, "no policy server is ready"),
+        (FALSE, Reason.NOT_ACCEPTED, "the spec was not accepted"),
+    ),
+    *_meanings(
+        POLICY,
+        Type.READY,
+        (TRUE, Reason.SERVING, "requests are routed"),
+        (TRUE, Reason.DEGRADED, "requests are routed, but not all experts could be resolved"),
+        (FALSE, Reason.INVALID_SPEC, "not accepted; the last good snapshot stays in force"),
+        (FALSE, Reason.UNKNOWN_ALGORITHM, "not accepted; the last good snapshot stays in force"),
+        (FALSE, Reason.MODEL_NAME_CONFLICT, "not accepted; nothing of it is in force"),
+        (FALSE, Reason.NO_EXPERTS, "the selector finds no expert"),
+        (FALSE, Reason.NO_READY_ENDPOINTS, "no expert has a ready endpoint"),
+        (UNKNOWN, Reason.PENDING, "it is being sent to the policy servers"),
+        (FALSE, Reason.REFUSED, "as in Programmed"),
+        (FALSE, Reason.SERVER_UNREACHABLE, "as in Programmed"),
+        (FALSE, Reason.NO_POLICY_SERVERS, "as in Programmed"),
+    ),
+)
+"""All that can be seen in ``kubectl describe``."""
+
+
+def reference() -> str:
+    """`MEANINGS` as Markdown."""
+    lines = ["| kind | condition | status | reason | meaning |", "|---|---|---|---|---|"]
+    lines += [f"| {m.kind} | {m.type} | {m.status} | `{m.reason}` | {m.text} |" for m in MEANINGS]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One condition as found now, without history."""
+
+    type: Type
+    status: ConditionStatus
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A condition that changed in a way that deserves an Event."""
+
+    warning: bool
+    reason: str
+    message: str
+
+
+def timestamp(moment: datetime) -> str:
+    """As Kubernetes writes times: UTC, whole seconds."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def conditions_of(status: JsonObject | None) -> dict[str, JsonObject]:
+    """The readable conditions of a status, by type."""
+    listed = (status or {}).get("conditions")
+    if not isinstance(listed, Sequence) or isinstance(listed, str):
+        return {}
+    return {
+        str(one["type"]): one
+        for one in listed
+        if isinstance(one, Mapping) and "type" in one and "status" in one
+    }
+
+
+def render_conditions(
+    findings: Iterable[Finding],
+    *,
+    before: Mapping[str, JsonObject],
+    generation: int,
+    now: datetime,
+) -> list[dict[str, Any]]:
+    """Conditions as the API spells them; the time moves only when the status does."""
+    return [_render(one, before.get(one.type), generation, now) for one in findings]
+
+
+def _render(
+    finding: Finding, old: JsonObject | None, generation: int, now: datetime
+) -> dict[str, Any]:
+    since = timestamp(now)
+    if old is not None and old["status"] == finding.status:
+        since = str(old.get("lastTransitionTime") or since)
+    return {
+        "type": str(finding.type),
+        "status": str(finding.status),
+        "observedGeneration": generation,
+        "lastTransitionTime": since,
+        "reason": str(finding.reason),
+        "message": shorten(finding.message),
+    }
+
+
+def shorten(text: str) -> str:
+    """At most `MAX_MESSAGE` characters."""
+    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
+
+
+def transitions(
+    before: Mapping[str, JsonObject], after: Iterable[JsonObject]
+) -> tuple[Transition, ...]:
+    """What to tell as Events.
+
+    A change to Unknown is no news, and at first sight only refusals and readiness are.
+    `Ready` is silent where another condition says the same.
+    """
+    found: dict[tuple[str, str], Transition] = {}
+    for condition in after:
+        kind, status = condition["type"], condition["status"]
+        old = before.get(kind)
+        if status == UNKNOWN or (old is not None and old["status"] == status):
+            continue
+        if old is None and not _news_at_first_sight(kind, status):
+            continue
+        message = f"{kind}: {condition['message']}"
+        event = Transition(status == FALSE, condition["reason"], shorten(message))
+        found.setdefault((status, condition["reason"]), event)
+    return tuple(found.values())
+
+
+def _news_at_first_sight(kind: str, status: str) -> bool:
+    if kind == Type.READY:
+        return status == TRUE
+    return status == FALSE and kind in (Type.ACCEPTED, Type.RESOLVED_REFS)

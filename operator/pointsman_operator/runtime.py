@@ -1,0 +1,468 @@
+"""The operator itself: what kopf's events feed, and all that runs beside them.
+
+Two loops share one `reconcile`. The first brings snapshots to the policy servers as soon as
+something changed. The second writes ConfigMaps, statuses and Events, when the policy
+servers have answered: the API server never stands between a change and the request path.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import structlog
+from aiohttp import web
+from prometheus_client import generate_latest
+
+from pointsman_operator.cluster import Cluster, ClusterError
+from pointsman_operator.endpoints import Resolver, find_port
+from pointsman_operator.health import Health
+from pointsman_operator.metrics import Metrics
+from pointsman_operator.observed import Key, Kind, Observed, Performance, SnapshotMap
+from pointsman_operator.probe import Prober
+from pointsman_operator.publisher import GrpcServerClient, Publisher, ServerClient
+from pointsman_operator.reconcile import (
+    Outcome,
+    Previous,
+    Ref,
+    SnapshotWrite,
+    StatusWrite,
+    StoredSnapshot,
+    reconcile,
+)
+from pointsman_operator.settings import OperatorSettings
+from pointsman_operator.stats import PrometheusStats, filled, from_servers
+from pointsman_operator.store import Store
+
+HEARTBEAT_S: Final = 5.0
+RESYNC_TIMEOUT_S: Final = 90.0
+SETTLE_S: Final = 1.0
+"""Statuses wait so long for the policy servers' answers."""
+WRITES_AT_ONCE: Final = 8
+FIRST_RETRY_S: Final = 0.5
+LAST_RETRY_S: Final = 30.0
+
+OWN_KINDS: Final = (Kind.EXPERT, Kind.POLICY)
+
+_TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Memory:
+    """What outlives a restart of the watches: the last good state and what was written."""
+
+    previous: Previous = field(default_factory=Previous)
+    restored: bool = False
+    """The ConfigMaps were read."""
+
+
+class Operator:
+    """One run of the operator, between `start` and `stop`."""
+
+    def __init__(
+        self,
+        settings: OperatorSettings,
+        cluster: Cluster,
+        *,
+        memory: Memory | None = None,
+        connect: Callable[[str], ServerClient] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.health = Health()
+        self.store = Store()
+        self.http_port = 0
+        """Where the probes are served, once started."""
+        self._cluster = cluster
+        self._memory = memory or Memory()
+        self._connect = connect or (lambda address: GrpcServerClient(address, settings.tls))
+        self._clock = clock
+        self._changed = asyncio.Event()
+        self._unwritten = asyncio.Event()
+        self._performance: Mapping[Key, Performance] = {}
+        self._snapshot_times: dict[tuple[Key, str], float] = {}
+        self._retry_s = FIRST_RETRY_S
+        self._tasks: list[asyncio.Task[None]] = []
+        self._exit = contextlib.AsyncExitStack()
+        self._publisher = Publisher(
+            self._connect,
+            identity=settings.identity,
+            on_change=self._unwritten.set,
+            metrics=self.metrics,
+            poll_interval_s=settings.status_poll_interval_s,
+        )
+        self._prober: Prober | None = None
+
+    async def start(self) -> None:
+        """Serve probes and start all loops; raises OSError if the address is taken."""
+        await self._exit.enter_async_context(self._http())
+        self._prober = Prober(
+            interval_s=self.settings.probe_interval_s, on_change=self._unwritten.set
+        )
+        loops: dict[str, Callable[[], Awaitable[None]]] = {
+            "resync": self._resync_loop,
+            "snapshots": self._snapshot_loop,
+            "writes": self._write_loop,
+            "stats": self._stats_loop,
+        }
+        self._tasks = [asyncio.create_task(_forever(f), name=name) for name, f in loops.items()]
+
+    async def stop(self) -> None:
+        """End; policy servers and ConfigMaps stay as they are."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._publisher.close()
+        if self._prober is not None:
+            await self._prober.close()
+        await self._cluster.close()
+        await self._exit.aclose()
+
+    def feed(self, kind: Kind, event: Mapping[str, Any]) -> None:
+        """Take in one watch event."""
+        body = event.get("object")
+        if self.store.take_event(kind, event.get("type"), body, now=self._clock()):
+            self._changed.set()
+
+    # --- full lists --------------------------------------------------------------------
+
+    async def _resync_loop(self) -> None:
+        while True:
+            self.health.beat("resync", now=self._clock())
+            pause = self.settings.resync_interval_s
+            try:
+                async with asyncio.timeout(RESYNC_TIMEOUT_S):
+                    await self.resync()
+                self.metrics.resyncs.labels("ok").inc()
+                self._retry_s = FIRST_RETRY_S
+            except (ClusterError, TimeoutError) as error:
+                self.metrics.resyncs.labels("failed").inc()
+                log.warning("full list failed", error=str(error) or "timed out")
+                pause = min(pause, self._backoff())
+            await self._sleep("resync", pause)
+
+    async def resync(self) -> None:
+        """List everything in full; raises `ClusterError`, and then nothing has changed."""
+        touched = {kind: self.store.begin_list(kind) for kind in Kind}
+        written = self._memory.previous.statuses
+        try:
+            listed = dict(
+                zip(Kind, await asyncio.gather(*map(self._cluster.list_all, Kind)), strict=True)
+            )
+        except BaseException:
+            for kind in Kind:
+                self.store.abandon_list(kind, touched[kind])
+            raise
+        now = self._clock()
+        missed = {kind: self.store.missed(kind, now=now) for kind in Kind}
+        changed = [self.store.end_list(kind, touched[kind], listed[kind], now=now) for kind in Kind]
+        watched = [kind for kind in Kind if kind is not Kind.CONFIG_MAP]
+        self.health.listed({kind: self.store.events(kind) for kind in watched}, missed)
+        for kind in watched:
+            self.metrics.resync_corrections.labels(kind).inc(missed[kind])
+        self._take_config_maps()
+        self._audit(written, {key for kind in OWN_KINDS for key in touched[kind]})
+        if not self.health.synced or any(changed):
+            self.health.synced = True
+            self._changed.set()
+        self._unwritten.set()
+
+    def _take_config_maps(self) -> None:
+        """What stands in the API is what has been written, whoever wrote it."""
+        maps: Mapping[Key, SnapshotMap] = self.store.objects(Kind.CONFIG_MAP)
+        stored = {
+            one.policy: StoredSnapshot(one.snapshot.version if one.snapshot else "", one.owner_uid)
+            for one in maps.values()
+        }
+        self._remember(stored=stored)
+        if not self._memory.restored:
+            self._memory.restored = True
+            kept = {one.policy: one.snapshot for one in maps.values() if one.snapshot is not None}
+            self._remember(snapshots=kept)
+
+    def _audit(self, written: Mapping[Ref, Any], touched: set[Key]) -> None:
+        """Forget what was written where a list shows that somebody changed it."""
+        statuses = dict(self._memory.previous.statuses)
+        for kind in OWN_KINDS:
+            for key, found in self.store.objects(kind).items():
+                ref = Ref(kind, key, found.meta.uid)
+                ours = statuses.get(ref)
+                settled = ours is not None and written.get(ref) is ours and key not in touched
+                if settled and found.status != ours:
+                    del statuses[ref]
+        self._remember(statuses=statuses)
+
+    # --- snapshots ---------------------------------------------------------------------
+
+    async def _snapshot_loop(self) -> None:
+        while True:
+            self.health.beat("snapshots", now=self._clock())
+            if await self._wait(self._changed):
+                await asyncio.sleep(self.settings.debounce_s)
+                self._changed.clear()
+                with _again_unless_done(self._changed):
+                    await self._publish()
+
+    async def _publish(self) -> None:
+        if not self.health.synced:
+            return
+        observed = self._observe()
+        await self._publisher.set_servers(self._find_servers(observed))
+        if not all(self.store.installed(kind) for kind in OWN_KINDS):
+            log.warning("the CRDs are not installed: what is in force stays")
+            return
+        outcome = await self._reconcile(observed)
+        self._remember(
+            snapshots=outcome.next.snapshots,
+            experts=outcome.next.experts,
+            policies=outcome.next.policies,
+        )
+        self._show_ages(outcome)
+        if self._prober is not None:
+            self._prober.set_addresses(outcome.addresses)
+        if self._publisher.publish(outcome.snapshots):
+            log.info("publishing", policies=len(outcome.snapshots))
+        self._unwritten.set()
+
+    def _observe(self) -> Observed:
+        objects = self.store.objects
+        return Observed(
+            experts=objects(Kind.EXPERT),
+            policies=objects(Kind.POLICY),
+            services=objects(Kind.SERVICE),
+            slices=objects(Kind.SLICE),
+            pods=objects(Kind.POD),
+            pools=objects(Kind.POOL),
+            pools_installed=self.store.installed(Kind.POOL),
+            servers=self._publisher.states(),
+            probes={} if self._prober is None else self._prober.results(),
+            performance=self._performance,
+        )
+
+    async def _reconcile(self, observed: Observed) -> Outcome:
+        started = time.perf_counter()
+        try:
+            # In a thread: a large site takes long enough to be felt by watches and probes.
+            outcome = await asyncio.to_thread(
+                reconcile, observed, self._memory.previous, datetime.now(UTC)
+            )
+        except Exception:
+            self.metrics.reconciles.labels("failed").inc()
+            raise
+        self.metrics.reconciles.labels("ok").inc()
+        self.metrics.reconcile_seconds.observe(time.perf_counter() - started)
+        return outcome
+
+    def _find_servers(self, observed: Observed) -> dict[str, bool]:
+        """Policy servers by address, and whether each is ready.
+
+        Those that are not get snapshots as well: it is what makes them ready.
+        """
+        servers = dict.fromkeys(self.settings.policy_server_addresses, True)
+        ref = self.settings.policy_servers
+        service = observed.services.get(ref.service) if ref else None
+        port = find_port(service, ref.port) if ref and service else None
+        if ref and port:
+            servers |= Resolver(observed).service_endpoints(ref.service, port)
+        return servers
+
+    def _show_ages(self, outcome: Outcome) -> None:
+        now = self._clock()
+        versions = {(Key(s.namespace, s.policy), s.version) for s in outcome.snapshots}
+        self._snapshot_times = {one: self._snapshot_times.get(one, now) for one in versions}
+
+    # --- writes ------------------------------------------------------------------------
+
+    async def _write_loop(self) -> None:
+        retry_s = FIRST_RETRY_S
+        while True:
+            self.health.beat("writes", now=self._clock())
+            if not await self._wait(self._unwritten) or not self.health.synced:
+                continue
+            await self._settle()
+            self._unwritten.clear()
+            with _again_unless_done(self._unwritten):
+                done = await self._write()
+            if done:
+                retry_s = FIRST_RETRY_S
+                continue
+            await self._sleep("writes", retry_s)
+            retry_s = min(LAST_RETRY_S, retry_s * 2)
+            self._unwritten.set()
+
+    async def _settle(self) -> None:
+        """Wait a little for pending changes and for the policy servers' answers."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_S):
+                while self._changed.is_set() or not self._publisher.settled:  # noqa: ASYNC110
+                    await asyncio.sleep(self.settings.debounce_s)
+
+    async def _write(self) -> bool:
+        """Write what differs; tells whether all of it succeeded."""
+        if not all(self.store.installed(kind) for kind in OWN_KINDS):
+            return True
+        outcome = await self._reconcile(self._observe())
+        gate = asyncio.Semaphore(WRITES_AT_ONCE)
+
+        async def gated(what: Awaitable[bool]) -> bool:
+            async with gate:
+                return await what
+
+        done = await asyncio.gather(
+            *(gated(self._write_snapshot(one)) for one in outcome.config_maps),
+            *(gated(self._delete_snapshot(one)) for one in outcome.stale_config_maps),
+            *(gated(self._write_status(one)) for one in outcome.statuses),
+        )
+        return all(done)
+
+    async def _write_snapshot(self, write: SnapshotWrite) -> bool:
+        if not await self._try("configmap", self._cluster.write_snapshot(write)):
+            return False
+        stored = StoredSnapshot(write.snapshot.version, write.owner_uid)
+        self._remember(stored={**self._memory.previous.stored, write.policy: stored})
+        return True
+
+    async def _delete_snapshot(self, policy: Key) -> bool:
+        if not await self._try("configmap", self._cluster.delete_snapshot(policy)):
+            return False
+        left = {k: v for k, v in self._memory.previous.stored.items() if k != policy}
+        self._remember(stored=left)
+        return True
+
+    async def _write_status(self, write: StatusWrite) -> bool:
+        if not await self._try("status", self._cluster.write_status(write)):
+            return False
+        self._remember(statuses={**self._memory.previous.statuses, write.ref: write.status})
+        for event in write.events:
+            # One that is lost is lost: the conditions say the same.
+            await self._try("event", self._cluster.post_event(write.ref, event, datetime.now(UTC)))
+        return True
+
+    async def _try(self, what: str, call: Awaitable[None]) -> bool:
+        self.health.beat("writes", now=self._clock())
+        try:
+            await call
+        except ClusterError as error:
+            if error.object_is_gone:
+                return True  # its end, or its successor, will be told by the watch
+            self.metrics.writes.labels(what, "failed").inc()
+            log.warning("write failed", what=what, error=str(error))
+            return False
+        self.metrics.writes.labels(what, "ok").inc()
+        return True
+
+    # --- the rest ----------------------------------------------------------------------
+
+    async def _stats_loop(self) -> None:
+        url = self.settings.prometheus_url
+        prometheus = PrometheusStats(url) if url else None
+        while True:
+            self.health.beat("stats", now=self._clock())
+            found = from_servers(self._publisher.counts())
+            if prometheus is not None:
+                try:
+                    found = filled(await asyncio.to_thread(prometheus.read), found)
+                except (OSError, ValueError) as error:
+                    log.warning("no averages from Prometheus", error=str(error))
+            if found != self._performance:
+                self._performance = found
+                self._unwritten.set()
+            await self._sleep("stats", self.settings.stats_interval_s)
+
+    async def _wait(self, event: asyncio.Event) -> bool:
+        """Whether the event came within a heartbeat."""
+        with contextlib.suppress(TimeoutError):
+            # Not wait_for: before Python 3.12 it may swallow a cancellation.
+            async with asyncio.timeout(HEARTBEAT_S):
+                await event.wait()
+        return event.is_set()
+
+    async def _sleep(self, loop: str, seconds: float) -> None:
+        end = self._clock() + seconds
+        while (left := end - self._clock()) > 0:
+            self.health.beat(loop, now=self._clock())
+            await asyncio.sleep(min(HEARTBEAT_S, left))
+
+    def _backoff(self) -> float:
+        pause, self._retry_s = self._retry_s, min(LAST_RETRY_S, self._retry_s * 2)
+        return pause
+
+    def _remember(self, **changes: Any) -> None:  # noqa: ANN401 - fields of `Previous`
+        self._memory.previous = replace(self._memory.previous, **changes)
+
+    @contextlib.asynccontextmanager
+    async def _http(self) -> AsyncIterator[None]:
+        host, _, port = self.settings.http_address.rpartition(":")
+        runner = web.AppRunner(self._app(), access_log=None)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, host.strip("[]") or None, int(port))
+            await site.start()
+            self.http_port = runner.addresses[0][1]
+            yield
+        finally:
+            await runner.cleanup()
+
+    def _app(self) -> web.Application:
+        async def metrics(_: web.Request) -> web.Response:
+            self._show_gauges()
+            page = generate_latest(self.metrics.registry)
+            return web.Response(body=page, headers={"content-type": _TEXT})
+
+        async def healthz(_: web.Request) -> web.Response:
+            problems = self.health.problems(now=self._clock())
+            text = "\n".join(problems) or "ok"
+            return web.Response(text=text + "\n", status=503 if problems else 200)
+
+        async def readyz(_: web.Request) -> web.Response:
+            ready = self.health.synced
+            text = "ok\n" if ready else "the first full list is not there yet\n"
+            return web.Response(text=text, status=200 if ready else 503)
+
+        app = web.Application()
+        app.add_routes(
+            [
+                web.get("/metrics", metrics),
+                web.get("/healthz", healthz),
+                web.get("/readyz", readyz),
+            ]
+        )
+        return app
+
+    def _show_gauges(self) -> None:
+        now = self._clock()
+        self.metrics.snapshot_age.clear()
+        for (policy, _), since in self._snapshot_times.items():
+            self.metrics.snapshot_age.labels(str(policy)).set(now - since)
+        for kind in Kind:
+            age = self.store.event_age(kind, now=now)
+            if age is not None:
+                self.metrics.watch_age.labels(kind).set(age)
+
+
+@contextlib.contextmanager
+def _again_unless_done(event: asyncio.Event) -> Iterator[None]:
+    """Set the event again when the block fails: what was to be done is still to be done."""
+    try:
+        yield
+    except BaseException:
+        event.set()
+        raise
+
+
+async def _forever(loop: Callable[[], Awaitable[None]]) -> None:
+    """Run a loop again when a bug has ended it, as long as the process lives."""
+    pause = FIRST_RETRY_S
+    while True:
+        try:
+            await loop()
+        except Exception:
+            log.exception("loop failed, starting it again")
+            await asyncio.sleep(pause)
+            pause = min(LAST_RETRY_S, pause * 2)

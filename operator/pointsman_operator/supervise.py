@@ -1,0 +1,98 @@
+"""Keeping the watches alive.
+
+Some answers end kopf as a whole: HTTP 410 or 404 on a watch call, an error within the
+stream. Then everything is started again in the same process: what is in force and what was
+written is kept, and Kubernetes need not count restarts.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import kopf
+import structlog
+
+from pointsman_operator import main
+from pointsman_operator.runtime import Memory
+from pointsman_operator.settings import OperatorSettings
+
+FIRST_PAUSE_S: Final = 0.5
+LAST_PAUSE_S: Final = 30.0
+GOOD_RUN_S: Final = 60.0
+"""After a run of this length the pauses are short again."""
+
+log = structlog.get_logger(__name__)
+
+
+class StartError(RuntimeError):
+    """The start failed for a reason that trying again does not mend."""
+
+
+def run(settings: OperatorSettings) -> None:
+    """Run until SIGTERM or SIGINT; raises `StartError`."""
+    memory = Memory()
+    log.info("starting", handlers=main.__name__, namespaces=settings.namespaces or "all")
+
+    def once() -> None:
+        # kopf cancels every task of its loop when it ends, so each run has its own.
+        asyncio.run(operate(settings, memory))
+
+    supervise(once)
+
+
+async def operate(
+    settings: OperatorSettings, memory: Memory, *, stop_flag: threading.Event | None = None
+) -> None:
+    """One run of kopf, until a signal, the flag, or a failure of the watches.
+
+    Raises:
+        StartError: what must be there at the start is not.
+        Exception: whatever ended the watches.
+
+    """
+    memo = kopf.Memo(settings=settings, memory=memory)
+    try:
+        await kopf.operator(
+            clusterwide=not settings.namespaces,
+            namespaces=settings.namespaces,
+            memo=memo,
+            stop_flag=stop_flag,
+        )
+    except Exception as error:
+        if (refusal := memo.get("refusal")) is not None:
+            raise StartError(refusal) from error
+        raise
+    finally:
+        if stop_flag is not None:
+            stop_flag.set()  # kopf waits for it in a thread, which would keep the loop from closing
+
+
+def supervise(
+    once: Callable[[], Any],
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Call ``once`` until it returns; pause after failures, longer each time.
+
+    Raises:
+        StartError: raised by ``once``.
+
+    """
+    pause = FIRST_PAUSE_S
+    while True:
+        started = clock()
+        try:
+            once()
+        except StartError:
+            raise
+        except Exception as error:
+            log.exception("watches ended, starting again", error=str(error))
+        else:
+            return
+        if clock() - started >= GOOD_RUN_S:
+            pause = FIRST_PAUSE_S
+        sleep(pause)
+        pause = min(LAST_PAUSE_S, pause * 2)

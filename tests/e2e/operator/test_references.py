@@ -1,0 +1,120 @@
+"""What only the operator can see: missing references and conflicts."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def test_missing_references_become_conditions(place):
+    (ant,) = await place.engines("ant")
+    await place.apply(
+        place.expert("ant", backend={"service": {"name": "ants", "port": 8000}}), place.policy()
+    )
+    found = await place.until_expert("ant", Ready="False/ServiceNotFound")
+    assert message(found, "Ready") == f"there is no Service {place.namespace}/ants"
+    found = await place.until_policy(ResolvedRefs="False/ExpertNotResolved", Ready="False")
+    assert "ant (ServiceNotFound)" in message(found, "ResolvedRefs")
+
+    await place.apply(place.service("ants", port=9999))
+    found = await place.until_expert("ant", Ready="False/PortNotFound")
+    assert message(found, "Ready") == (
+        f"Service {place.namespace}/ants has no TCP port 8000; it has 9999"
+    )
+    await place.kubectl("delete", "service", "ants")
+    external = {"type": "ExternalName", "externalName": "example.com", "clusterIP": None}
+    await place.apply(place.service("ants", port=8000, **external))
+    await place.until_expert("ant", Ready="False/ServiceNotSupported")
+
+    await place.kubectl("delete", "service", "ants")
+    await place.apply(place.service("ants", port=8000))
+    await place.until_expert("ant", Ready="False/NoEndpoints")
+    await place.apply(place.slice("ants", {ant.address: True}))
+    await place.until_expert("ant", Ready="True")
+    await place.until_policy(Ready="True/Serving", ResolvedRefs="True")
+    await place.until_answered_by("ant")
+
+
+async def test_a_lost_service_takes_its_endpoints_along(place):
+    (ant, bee) = await place.engines("ant", "bee")
+    await place.apply(
+        place.service("ant", port=8000),
+        place.slice("ant", {ant.address: True}),
+        place.expert("ant", backend={"service": {"name": "ant", "port": 8000}}, quality=0.9),
+        place.expert("bee", addresses=[bee.address], quality=0.1),
+        place.policy(),
+    )
+    await place.until_answered_by("ant")
+    await place.kubectl("delete", "service", "ant")
+    found = await place.until_expert("ant", Ready="False/ServiceNotFound")
+    await place.until_policy(Ready="True/Degraded", ResolvedRefs="False/ExpertNotResolved")
+    await place.until_answered_by("bee")
+    assert found["status"]["endpoints"]["ready"] == 0
+
+
+async def test_two_policies_with_one_model_name(place):
+    (ant, bee) = await place.engines("ant", "bee")
+    await place.apply(
+        place.expert("ant", addresses=[ant.address], metadata={"labels": {"of": "older"}}),
+        place.expert("bee", addresses=[bee.address], metadata={"labels": {"of": "newer"}}),
+        place.policy("older", selector={"matchLabels": {"of": "older"}}),
+    )
+    await place.until_policy("older", Ready="True")
+    await place.until_answered_by("ant")
+    extra = f"more.{place.namespace}"
+    # Of two made within one second the first by name is the older one.
+    await place.apply(
+        place.policy(
+            "z-newer", models=[extra, place.model], selector={"matchLabels": {"of": "newer"}}
+        )
+    )
+    found = await place.until_policy(
+        "z-newer",
+        Accepted="False/ModelNameConflict",
+        Ready="False/ModelNameConflict",
+        Programmed="False/NotAccepted",
+    )
+    assert f"{place.model} is answered by {place.namespace}/older" in message(found, "Accepted")
+    status, _, _ = await place.ask(model=extra)
+    assert status == 404, "the loser keeps nothing"
+    await place.until_answered_by("ant")
+    await place.until_policy("older", Ready="True")
+
+    await place.delete("routingpolicy", "older")
+    await place.until_policy("z-newer", Accepted="True", Ready="True")
+    await place.until_answered_by("bee")
+    status, _, _ = await place.ask(model=extra)
+    assert status == 200
+
+    # Who gives the name up is out of the conflict too.
+    await place.apply(place.policy("older", selector={"matchLabels": {"of": "older"}}))
+    await place.until_policy("older", Accepted="False/ModelNameConflict")
+    await place.patch("routingpolicies", "z-newer", {"spec": {"models": [extra]}})
+    await place.until_policy("older", Accepted="True", Ready="True")
+    await place.until_answered_by("ant")
+
+
+async def test_the_snapshot_is_kept_in_a_config_map(place, eventually):
+    (ant,) = await place.engines("ant")
+    await place.apply(place.expert("ant", addresses=[ant.address]), place.policy())
+    policy = await place.until_policy(Ready="True")
+    version = policy["status"]["snapshotVersion"]
+
+    async def stored():
+        found = await place.get("configmaps", "pointsman-snapshot-auto")
+        return found and (found, json.loads(found["data"]["snapshot.json"])["version"])
+
+    found, _ = await eventually("stored", stored, lambda seen: seen and seen[1] == version)
+    assert found["metadata"]["labels"] == {
+        "pointsman.dev/snapshot": "true",
+        "pointsman.dev/policy": "auto",
+    }
+    (owner,) = found["metadata"]["ownerReferences"]
+    assert owner["uid"] == policy["metadata"]["uid"]
+    managers = {entry["manager"] for entry in found["metadata"]["managedFields"]}
+    assert managers == {"pointsman-operator"}
+
+
+def message(found, type_):
+    return next(c["message"] for c in found["status"]["conditions"] if c["type"] == type_)

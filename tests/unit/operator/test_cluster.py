@@ -1,0 +1,140 @@
+"""The official client against an API server that answers over real HTTP."""
+
+from datetime import UTC, datetime
+
+import pytest
+from aiohttp import web
+
+from pointsman_operator.cluster import ClusterError, connect
+from pointsman_operator.conditions import Transition
+from pointsman_operator.observed import Key, Kind, read_object
+from pointsman_operator.reconcile import Ref, SnapshotWrite, StatusWrite
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+AUTO = Key("default", "auto")
+REF = Ref(Kind.POLICY, AUTO, "uid-1")
+
+
+@pytest.fixture
+async def cluster(api_server):  # noqa: ARG001 - it is what the kubeconfig names
+    made = connect(())
+    yield made
+    await made.close()
+
+
+def failing(status, message="no"):
+    return lambda _: web.json_response({"kind": "Status", "message": message}, status=status)
+
+
+async def test_lists_come_in_pages(api, api_server, cluster):
+    for n in range(5):
+        api_server.put(api.pod(f"pod-{n}"))
+    api_server.page_size = 2
+    found = await cluster.list_all(Kind.POD)
+    assert [one["metadata"]["name"] for one in found] == [f"pod-{n}" for n in range(5)]
+    assert len(api_server.requests) == 3
+    assert all(query["limit"] == "500" for _, _, query, _ in api_server.requests)
+
+
+async def test_pages_that_expire_are_followed_by_one_piece(api, api_server, cluster):
+    for n in range(3):
+        api_server.put(api.pod(f"pod-{n}"))
+    api_server.page_size = 2
+    api_server.fail = lambda request: failing(410)(request) if "continue" in request.query else None
+    assert len(await cluster.list_all(Kind.POD)) == 3
+    assert "limit" not in api_server.requests[-1][2]
+
+
+async def test_a_kind_that_is_not_installed(cluster):
+    assert await cluster.list_all(Kind.POOL) is None
+
+
+async def test_only_our_config_maps_are_listed(api_server, cluster):
+    await cluster.list_all(Kind.CONFIG_MAP)
+    ((_, path, query, _),) = api_server.requests
+    assert (path, query["labelSelector"]) == ("/api/v1/configmaps", "pointsman.dev/snapshot=true")
+
+
+async def test_in_namespaced_mode_only_those_are_listed(api_server):
+    cluster = connect(("a", "b"))
+    await cluster.list_all(Kind.EXPERT)
+    paths = [path for _, path, _, _ in api_server.requests]
+    root = "/apis/pointsman.dev/v1alpha1/namespaces"
+    assert paths == [f"{root}/a/llmexperts", f"{root}/b/llmexperts"]
+    await cluster.close()
+
+
+async def test_a_snapshot_is_applied_and_read_back(api, api_server, cluster):
+    (snapshot,) = api.reconcile(api.observe(api.policy(), api.expert())).snapshots
+    await cluster.write_snapshot(SnapshotWrite(AUTO, "uid-1", snapshot))
+    method, path, query, body = api_server.requests[-1]
+    assert (method, path) == (
+        "PATCH",
+        "/api/v1/namespaces/default/configmaps/pointsman-snapshot-auto",
+    )
+    assert query == {"fieldManager": "pointsman-operator", "force": "true"}
+    assert body["metadata"]["labels"] == {
+        "pointsman.dev/snapshot": "true",
+        "pointsman.dev/policy": "auto",
+    }
+    found = read_object(Kind.CONFIG_MAP, body)
+    assert (found.snapshot, found.owner_uid) == (snapshot, "uid-1")
+
+
+async def test_deleting_what_is_gone_is_no_error(api_server, cluster):
+    await cluster.delete_snapshot(AUTO)
+    assert api_server.requests[-1][0] == "DELETE"
+    api_server.fail = failing(403)
+    with pytest.raises(ClusterError, match="403: no"):
+        await cluster.delete_snapshot(AUTO)
+
+
+async def test_a_status_names_the_object_by_its_uid(api, api_server, cluster):
+    api_server.put(api.policy())
+    await cluster.write_status(StatusWrite(REF, "1", {"experts": 1}))
+    _, path, _, body = api_server.requests[-1]
+    assert path == "/apis/pointsman.dev/v1alpha1/namespaces/default/routingpolicies/auto/status"
+    assert body["metadata"] == {"name": "auto", "namespace": "default", "uid": "uid-1"}
+    assert body["status"] == {"experts": 1}
+
+
+async def test_an_event_is_posted(api_server, cluster):
+    told = Transition(warning=True, reason="NoExperts", message="Ready: none")
+    await cluster.post_event(REF, told, NOW)
+    method, path, _, body = api_server.requests[-1]
+    assert (method, path) == ("POST", "/api/v1/namespaces/default/events")
+    assert (body["type"], body["reason"]) == ("Warning", "NoExperts")
+    assert body["involvedObject"]["uid"] == "uid-1"
+    assert body["lastTimestamp"] == "2026-01-02T03:04:05Z"
+
+
+@pytest.mark.parametrize("status", [404, 409])
+async def test_an_object_that_is_gone(api_server, cluster, status):
+    api_server.fail = failing(status)
+    with pytest.raises(ClusterError) as raised:
+        await cluster.write_status(StatusWrite(REF, "1", {}))
+    assert raised.value.object_is_gone
+
+
+async def test_an_answer_that_is_no_json(api_server, cluster):
+    api_server.fail = lambda _: web.Response(status=502, text="<html>")
+    with pytest.raises(ClusterError, match="502: Bad Gateway"):
+        await cluster.list_all(Kind.POD)
+
+
+async def test_a_connection_that_breaks(api_server, cluster):
+    api_server.fail = lambda request: request.transport.abort()
+    with pytest.raises(ClusterError) as raised:
+        await cluster.list_all(Kind.POD)
+    assert raised.value.status == 0
+
+
+def test_without_any_configuration(monkeypatch, tmp_path):
+    place = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
+    import kubernetes.config
+
+    assert kubernetes.config
+    monkeypatch.setattr(place, str(tmp_path / "none"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(ClusterError, match="neither in a cluster"):
+        connect(())

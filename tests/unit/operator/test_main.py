@@ -1,0 +1,232 @@
+"""The operator under kopf, against an API server that answers wrongly on demand."""
+
+import asyncio
+import contextlib
+import threading
+
+import kopf
+import pytest
+from aiohttp import web
+
+from pointsman_operator import main, supervise
+from pointsman_operator.cluster import PATHS
+from pointsman_operator.observed import Kind
+from pointsman_operator.runtime import Memory
+from pointsman_operator.settings import OperatorSettings
+from pointsman_operator.supervise import StartError, operate
+
+SETTINGS = OperatorSettings(http_address="127.0.0.1:0", debounce_s=0.001, resync_interval_s=3600.0)
+MAP = "pointsman-snapshot-auto"
+
+
+class Rig:
+    def __init__(self, server, settings):
+        self.server, self.settings = server, settings
+        self.memory = Memory()
+        self.task = None
+        self._stop = threading.Event()
+
+    def start(self):
+        self._stop = threading.Event()
+        # kopf ends every task of its loop with itself: it gets a loop of its own.
+        run = operate(self.settings, self.memory, stop_flag=self._stop)
+        self.task = asyncio.create_task(asyncio.to_thread(asyncio.run, run))
+
+    async def stop(self):
+        self._stop.set()
+        await self.task
+
+    async def until(self, holds):
+        async with asyncio.timeout(30):
+            while not holds():
+                self.server.written.clear()
+                self.server.watched.clear()
+                waiters = [
+                    asyncio.create_task(event.wait())
+                    for event in (self.server.written, self.server.watched)
+                ]
+                if not holds():
+                    await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+                for waiter in waiters:
+                    waiter.cancel()
+
+    def published(self):
+        """What the ConfigMap says."""
+        found = self.server.objects[Kind.CONFIG_MAP].get(MAP)
+        return found["data"]["snapshot.json"] if found else ""
+
+
+@pytest.fixture
+def operating(api, api_server):
+    @contextlib.asynccontextmanager
+    async def run(settings=SETTINGS):
+        api_server.put(api.policy())
+        api_server.put(api.expert())
+        rig = Rig(api_server, settings)
+        rig.start()
+        try:
+            yield rig
+        finally:
+            if not rig.task.done():
+                await rig.stop()
+
+    return run
+
+
+async def test_events_of_the_watch_take_effect(api, api_server, operating):
+    async with operating() as rig:
+        await rig.until(lambda: "10.0.0.1:8000" in rig.published())
+        await rig.until(lambda: api_server.watches[Kind.EXPERT])
+        api_server.put(api.expert(addresses=["10.0.0.2:8000"], meta={"generation": 2}))
+        await rig.until(lambda: "10.0.0.2:8000" in rig.published())
+        api_server.remove(Kind.EXPERT, "coder")
+        await rig.until(lambda: "10.0.0.2:8000" not in rig.published())
+
+
+async def test_kopf_writes_nothing_to_objects(api_server, operating):
+    async with operating() as rig:
+        await rig.until(lambda: rig.published())
+        await rig.until(lambda: api_server.objects[Kind.POLICY]["auto"].get("status"))
+    for method, path, _, body in api_server.requests:
+        if method in ("PATCH", "POST", "PUT"):
+            assert path.endswith(("/status", "/events", MAP)), path
+            assert "annotations" not in body["metadata"]
+            assert "finalizers" not in body["metadata"]
+
+
+async def test_a_410_in_the_stream_loses_a_deletion_until_the_next_list(api_server, operating):
+    settings = OperatorSettings(http_address="127.0.0.1:0", debounce_s=0.001, resync_interval_s=1.0)
+    async with operating(settings) as rig:
+        await rig.until(lambda: "10.0.0.1:8000" in rig.published())
+        await rig.until(lambda: api_server.watches[Kind.EXPERT])
+        api_server.remove(Kind.EXPERT, "coder", told=False)
+        gone = {"kind": "Status", "code": 410, "message": "too old"}
+        api_server.end_watches(Kind.EXPERT, {"type": "ERROR", "object": gone})
+        await rig.until(lambda: "10.0.0.1:8000" not in rig.published())
+        assert not rig.task.done()
+
+
+FATAL = {"410": (410, "too old resource version"), "404": (404, "the CRD is gone")}
+
+
+@pytest.mark.parametrize(("status", "message"), FATAL.values(), ids=FATAL)
+async def test_an_answer_that_ends_kopf_is_survived_by_another_run(
+    api, api_server, operating, status, message
+):
+    async with operating() as rig:
+        await rig.until(lambda: "10.0.0.1:8000" in rig.published())
+        await rig.until(lambda: api_server.watches[Kind.EXPERT])
+
+        def refuse(request):
+            if request.query.get("watch") and request.path.endswith("llmexperts"):
+                return web.json_response({"kind": "Status", "message": message}, status=status)
+            return None
+
+        api_server.fail = refuse
+        api_server.end_watches(Kind.EXPERT)
+        with pytest.raises(Exception, match=message):
+            await rig.task
+        before = rig.published()
+        api_server.fail = None
+        writes = len([1 for method, *_ in api_server.requests if method == "PATCH"])
+        api_server.put(api.expert(addresses=["10.0.0.3:8000"], meta={"generation": 2}))
+        rig.start()  # the same address is free again, and what was written is remembered
+        await rig.until(lambda: rig.published() != before)
+        assert "10.0.0.3:8000" in rig.published()
+        assert writes < len([1 for method, *_ in api_server.requests if method == "PATCH"])
+
+
+async def test_an_api_server_that_fails_for_a_while_ends_nothing(api, api_server, operating):
+    async with operating() as rig:
+        await rig.until(lambda: "10.0.0.1:8000" in rig.published())
+        await rig.until(lambda: api_server.watches[Kind.EXPERT])
+        refused = asyncio.Event()
+
+        def fail(_request):
+            refused.set()
+            return web.Response(status=503)
+
+        api_server.fail = fail
+        for kind in Kind:
+            api_server.end_watches(kind)
+        await refused.wait()
+        api_server.put(api.expert(addresses=["10.0.0.4:8000"], meta={"generation": 2}))
+        api_server.fail = None
+        await rig.until(lambda: "10.0.0.4:8000" in rig.published())
+        assert not rig.task.done()
+
+
+async def test_a_crd_that_comes_later_is_watched(api_server, operating):
+    api_server.missing |= {Kind.EXPERT, Kind.POLICY}
+    async with operating() as rig:
+        await rig.until(lambda: api_server.watches[Kind.POD])
+        assert rig.published() == ""
+        api_server.missing = {Kind.POOL}
+        api_server.announce("pointsman.dev")
+        await rig.until(lambda: "10.0.0.1:8000" in rig.published())
+        assert api_server.watches[Kind.EXPERT]
+
+
+# kopf leaves a coroutine unawaited when its start is refused.
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_start_without_access_is_refused_for_good(monkeypatch, tmp_path):
+    place = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
+    monkeypatch.setattr(place, str(tmp_path / "none"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(StartError, match="neither in a cluster"):
+        await asyncio.to_thread(asyncio.run, operate(SETTINGS, Memory()))
+
+
+def test_every_kind_is_watched():
+    registry = kopf.get_default_registry()
+    selectors = registry._watching.get_all_selectors()
+    watched = {(s.group, s.version, s.any_name or s.plural) for s in selectors}
+    expected = set()
+    for kind, path in PATHS.items():
+        if kind is not Kind.CONFIG_MAP:
+            *_, group, version = ["", *path.root.removeprefix("/apis/").split("/")]
+            expected.add(("" if group == "api" else group, version, path.plural))
+    assert watched == expected
+
+
+# --- supervision -----------------------------------------------------------------------
+
+
+class Runs:
+    """Ends as told, one after another."""
+
+    def __init__(self, *ends):
+        self._ends, self.pauses, self.now = list(ends), [], 0.0
+
+    def once(self):
+        lasts, error = self._ends.pop(0)
+        self.now += lasts
+        if error is not None:
+            raise error
+
+    def supervise(self):
+        supervise.supervise(self.once, sleep=self.pauses.append, clock=lambda: self.now)
+
+
+def test_failed_runs_are_followed_by_others_after_growing_pauses():
+    failure = RuntimeError("410")
+    runs = Runs((1, failure), (1, failure), (100, failure), (1, failure), (1, None))
+    runs.supervise()
+    assert runs.pauses == [0.5, 1.0, 0.5, 1.0]
+
+
+def test_a_refused_start_is_final():
+    runs = Runs((0, StartError("no access")))
+    with pytest.raises(StartError):
+        runs.supervise()
+    assert runs.pauses == []
+
+
+def test_pauses_have_a_limit_and_requests_have_none():
+    failures = [(1, RuntimeError())] * 9
+    runs = Runs(*failures, (1, None))
+    runs.supervise()
+    assert max(runs.pauses) == 30.0
+    pauses = iter(main.Backoffs())
+    assert [next(pauses) for _ in range(100)][-1] == 2.0

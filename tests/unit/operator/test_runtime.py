@@ -1,0 +1,393 @@
+"""The operator's loops, with an API and policy servers that tests play."""
+
+import asyncio
+import contextlib
+from dataclasses import replace
+
+import aiohttp
+import pytest
+
+from pointsman_operator import runtime
+from pointsman_operator.cluster import ClusterError, config_map
+from pointsman_operator.observed import Key, Kind
+from pointsman_operator.publisher import PolicyCounts, ServerReport
+from pointsman_operator.runtime import Memory, Operator
+from pointsman_operator.settings import OperatorSettings, ServiceRef
+
+AUTO = Key("default", "auto")
+SERVER = "127.0.0.1:9003"
+
+
+class FakeCluster:
+    """An API server of plain tables; every write is recorded."""
+
+    def __init__(self):
+        self.objects = {kind: {} for kind in Kind}
+        self.missing = set()
+        self.error = None
+        self.log = []
+        self.changed = asyncio.Event()
+
+    def put(self, *bodies):
+        for body in bodies:
+            self.objects[Kind(body["kind"])][body["metadata"]["name"]] = body
+
+    async def list_all(self, kind):
+        self._check("list", kind)
+        return None if kind in self.missing else list(self.objects[kind].values())
+
+    async def write_snapshot(self, write):
+        self._check("snapshot", write.snapshot)
+        self.put(config_map(write))
+
+    async def delete_snapshot(self, policy):
+        self._check("delete", policy)
+        self.objects[Kind.CONFIG_MAP].pop(f"pointsman-snapshot-{policy.name}", None)
+
+    async def write_status(self, write):
+        self._check("status", write)
+        table = self.objects[write.ref.kind]
+        if write.ref.key.name not in table:
+            raise ClusterError("gone", status=404)
+        table[write.ref.key.name] = table[write.ref.key.name] | {"status": write.status}
+
+    async def post_event(self, ref, transition, _now):
+        self._check("event", (ref.key.name, transition.reason))
+
+    async def close(self):
+        self._check("close", None)
+
+    def _check(self, what, content):
+        self.log.append((what, content))
+        self.changed.set()
+        if self.error is not None:
+            raise self.error
+
+    def writes(self):
+        return [(what, content) for what, content in self.log if what not in ("list", "close")]
+
+
+class FakeServers:
+    """Policy servers that take everything."""
+
+    def __init__(self):
+        self.sets = []
+        self.changed = asyncio.Event()
+        self.counts = {}
+
+    def connect(self, address):
+        return FakeServer(self, address)
+
+
+class FakeServer:
+    def __init__(self, owner, address):
+        self._owner, self._address = owner, address
+        self._applied = {}
+
+    async def publish(self, _publisher, what):
+        self._applied = what.applied
+        self._owner.sets.append((self._address, what))
+        self._owner.changed.set()
+        return ServerReport("one", self._applied)
+
+    async def status(self):
+        self._owner.changed.set()
+        return ServerReport("one", self._applied, self._owner.counts)
+
+    async def close(self):
+        pass
+
+
+SETTINGS = OperatorSettings(
+    policy_server_addresses=(SERVER,),
+    http_address="127.0.0.1:0",
+    debounce_s=0.001,
+    status_poll_interval_s=0.05,
+    stats_interval_s=0.05,
+    probe_interval_s=60.0,
+)
+
+
+class Rig:
+    def __init__(self):
+        self.cluster, self.servers = FakeCluster(), FakeServers()
+        self.memory = Memory()
+        self.operator = None
+
+    @contextlib.asynccontextmanager
+    async def running(self, **settings):
+        self.operator = Operator(
+            replace(SETTINGS, **settings),
+            self.cluster,
+            memory=self.memory,
+            connect=self.servers.connect,
+        )
+        await self.operator.start()
+        try:
+            yield self.operator
+        finally:
+            await self.operator.stop()
+
+    async def until(self, holds):
+        async with asyncio.timeout(20):
+            while not holds():
+                self.cluster.changed.clear()
+                self.servers.changed.clear()
+                waiters = [
+                    asyncio.create_task(self.cluster.changed.wait()),
+                    asyncio.create_task(self.servers.changed.wait()),
+                ]
+                await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+                for waiter in waiters:
+                    waiter.cancel()
+
+    def status(self, name, kind=Kind.POLICY):
+        return self.cluster.objects[kind].get(name, {}).get("status") or {}
+
+    def reason(self, name, condition, kind=Kind.POLICY):
+        found = self.status(name, kind).get("conditions", [])
+        return {c["type"]: c["reason"] for c in found}.get(condition)
+
+    async def get(self, path):
+        async with aiohttp.ClientSession() as session:
+            url = f"http://127.0.0.1:{self.operator.http_port}{path}"
+            async with session.get(url) as response:
+                return response.status, await response.text()
+
+
+@pytest.fixture
+def rig():
+    return Rig()
+
+
+async def test_from_objects_to_a_policy_server_and_back_to_a_status(api, rig):
+    rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
+    async with rig.running():
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+        assert rig.servers.sets[0][0] == SERVER
+        assert "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP]
+        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+        assert ("event", ("coder", "NoneAnswers")) in rig.cluster.log
+        assert (await rig.get("/readyz"))[0] == 200
+        assert (await rig.get("/healthz")) == (200, "ok\n")
+        page = (await rig.get("/metrics"))[1]
+        assert 'pointsman_operator_snapshot_age_seconds{policy="default/auto"}' in page
+        assert 'pointsman_operator_reconciles_total{result="ok"}' in page
+
+
+async def test_a_watch_event_takes_effect_without_a_list(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(resync_interval_s=3600.0) as operator:
+        await rig.until(lambda: len(rig.servers.sets) == 1)
+        changed = api.expert(addresses=["10.0.0.7:8000"], meta={"generation": 2})
+        rig.cluster.put(changed)
+        operator.feed(Kind.EXPERT, {"type": "MODIFIED", "object": changed})
+        await rig.until(lambda: len(rig.servers.sets) == 2)
+        sent = rig.servers.sets[1][1].snapshots[0].snapshot_json
+        assert b"10.0.0.7:8000" in sent
+        assert 'watch_age_seconds{kind="LLMExpert"}' in (await rig.get("/metrics"))[1]
+
+
+async def test_a_list_finds_what_no_watch_has_told(api, rig):
+    rig.cluster.put(api.policy(), api.expert(), api.expert("chat", addresses=["10.0.0.2:1"]))
+    async with rig.running(resync_interval_s=0.05):
+        await rig.until(lambda: len(rig.servers.sets) == 1)
+        del rig.cluster.objects[Kind.EXPERT]["chat"]
+        await rig.until(lambda: len(rig.servers.sets) == 2)
+        assert b"10.0.0.2" not in rig.servers.sets[1][1].snapshots[0].snapshot_json
+
+
+async def test_at_rest_nothing_is_written_or_sent(api, rig):
+    rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
+    async with rig.running(resync_interval_s=0.05):
+        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+        await lists(rig, 4)
+        before = (rig.cluster.writes(), list(rig.servers.sets))
+        await lists(rig, 4)
+        assert (rig.cluster.writes(), rig.servers.sets) == before
+
+
+async def lists(rig, count):
+    """Wait for more full lists."""
+    wanted = len([1 for what, _ in rig.cluster.log if what == "list"]) + count * len(Kind)
+    await rig.until(lambda: len([1 for what, _ in rig.cluster.log if what == "list"]) >= wanted)
+
+
+async def test_a_restart_writes_nothing_and_sends_the_same(api, rig):
+    rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
+    async with rig.running():
+        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+    first = rig.servers.sets[-1][1]
+    rig.memory, rig.cluster.log = Memory(), []
+    async with rig.running(resync_interval_s=0.05):
+        await rig.until(lambda: len(rig.servers.sets) == 2)
+        await lists(rig, 4)
+        assert rig.servers.sets[-1][1].applied == first.applied
+        assert [w for w in rig.cluster.writes() if w[0] in ("snapshot", "delete")] == []
+
+
+async def test_a_broken_policy_keeps_its_snapshot_over_a_restart(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running():
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+    rig.memory = Memory()
+    rig.cluster.put(api.policy(models=[], meta={"generation": 2}))
+    async with rig.running():
+        await rig.until(lambda: len(rig.servers.sets) == 2)
+        assert rig.servers.sets[1][1].applied == rig.servers.sets[0][1].applied
+        await rig.until(lambda: rig.reason("auto", "Accepted") == "InvalidSpec")
+
+
+async def test_nothing_happens_before_everything_was_listed(api, rig, monkeypatch):
+    monkeypatch.setattr(runtime, "FIRST_RETRY_S", 0.01)
+    rig.cluster.error = ClusterError("away")
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running() as operator:
+        operator.feed(Kind.POLICY, {"type": "ADDED", "object": api.policy()})
+        await lists(rig, 2)
+        assert (await rig.get("/readyz"))[0] == 503
+        assert rig.servers.sets == []
+        rig.cluster.error = None
+        await rig.until(lambda: len(rig.servers.sets) == 1)
+
+
+async def test_an_api_server_that_is_away_stops_no_snapshot(api, rig, monkeypatch):
+    monkeypatch.setattr(runtime, "FIRST_RETRY_S", 0.01)
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running() as operator:
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+        rig.cluster.error = ClusterError("away")
+        moved = api.expert(addresses=["10.0.0.9:1"])
+        operator.feed(Kind.EXPERT, {"type": "MODIFIED", "object": moved})
+        await rig.until(lambda: len(rig.servers.sets) == 2)
+        await rig.until(lambda: rig.cluster.log[-1][0] in ("status", "snapshot"))
+        rig.cluster.error = None
+        version = rig.servers.sets[1][1].applied[AUTO][1]
+        await rig.until(lambda: rig.status("auto").get("snapshotVersion") == version)
+
+
+async def test_an_object_that_is_gone_is_not_written_again_and_again(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    rig.cluster.write_status = raising(ClusterError("gone", status=404), rig.cluster)
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP])
+
+
+def raising(error, cluster):
+    async def write(what):
+        cluster.log.append(("status", what))
+        cluster.changed.set()
+        raise error
+
+    return write
+
+
+async def test_the_loser_of_a_name_loses_its_config_map(api, rig):
+    rig.cluster.put(api.policy("late", models=["late"], meta={"creationTimestamp": "2027"}))
+    rig.cluster.put(api.expert())
+    async with rig.running(resync_interval_s=0.05):
+        await rig.until(lambda: "pointsman-snapshot-late" in rig.cluster.objects[Kind.CONFIG_MAP])
+        rig.cluster.put(api.policy("early", models=["late"]))
+        await rig.until(
+            lambda: "pointsman-snapshot-late" not in rig.cluster.objects[Kind.CONFIG_MAP]
+        )
+        await rig.until(lambda: rig.reason("late", "Accepted") == "ModelNameConflict")
+
+
+async def test_a_status_that_somebody_changed_is_put_right(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(resync_interval_s=0.05):
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+        rig.cluster.put(rig.cluster.objects[Kind.POLICY]["auto"] | {"status": {"experts": 99}})
+        await rig.until(lambda: rig.status("auto").get("experts") == 1)
+
+
+async def test_a_config_map_that_somebody_changed_is_put_right(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    maps = rig.cluster.objects[Kind.CONFIG_MAP]
+    async with rig.running(resync_interval_s=0.05):
+        await rig.until(lambda: "pointsman-snapshot-auto" in maps)
+        good = maps["pointsman-snapshot-auto"]
+        maps["pointsman-snapshot-auto"] = good | {"data": {"snapshot.json": "{}"}}
+        await rig.until(lambda: maps["pointsman-snapshot-auto"]["data"] == good["data"])
+
+
+async def test_without_the_crds_what_is_in_force_stays(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(resync_interval_s=0.05):
+        await rig.until(lambda: len(rig.servers.sets) == 1)
+        await rig.until(lambda: "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP])
+        rig.cluster.missing = {Kind.EXPERT, Kind.POLICY}
+        await lists(rig, 4)
+        assert len(rig.servers.sets) == 1
+        assert "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP]
+        rig.cluster.missing = set()
+        await lists(rig, 2)
+        assert len(rig.servers.sets) == 1
+
+
+async def test_the_last_policy_that_goes_leaves_an_empty_set(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(resync_interval_s=3600.0) as operator:
+        await rig.until(lambda: len(rig.servers.sets) == 1)
+        operator.feed(Kind.POLICY, {"type": "DELETED", "object": api.policy()})
+        await rig.until(lambda: len(rig.servers.sets) == 2)
+        assert rig.servers.sets[1][1].snapshots == ()
+
+
+async def test_policy_servers_are_found_by_their_service(api, rig):
+    rig.cluster.put(
+        api.policy(),
+        api.expert(),
+        api.service("policy", port=9003),
+        api.slice("policy", "127.0.0.1", "127.0.0.2", port=9003, ready=False),
+    )
+    servers = ServiceRef(Key("default", "policy"), "http")
+    async with rig.running(policy_server_addresses=(), policy_servers=servers) as operator:
+        # Those that are not ready get it too: it is what makes them ready.
+        await rig.until(lambda: len(rig.servers.sets) == 2)
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "NoPolicyServers")
+        ready = api.slice("policy", "127.0.0.1", port=9003)
+        operator.feed(Kind.SLICE, {"type": "MODIFIED", "object": ready})
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+
+
+async def test_averages_reach_the_reconciliation(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    rig.servers.counts = {AUTO: PolicyCounts(4, 1, 2.0)}
+    async with rig.running() as operator:
+        await rig.until(lambda: AUTO in operator._performance)
+        assert operator._performance[AUTO].violation_rate == 0.25
+
+
+async def test_prometheus_that_is_away_is_survived(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(prometheus_url="http://127.0.0.1:1"):
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+        assert (await rig.get("/healthz"))[0] == 200
+
+
+async def test_a_watch_that_says_nothing_makes_the_process_unhealthy(rig):
+    async with rig.running() as operator:
+        for events, missed in ((0, 0), (0, 1), (0, 1)):
+            operator.health.listed({Kind.POD: events}, {Kind.POD: missed})
+        assert await rig.get("/healthz") == (503, "the watch of Pod misses changes\n")
+
+
+async def test_a_bug_in_a_loop_does_not_end_it(api, rig, monkeypatch):
+    monkeypatch.setattr(runtime, "FIRST_RETRY_S", 0.01)
+    real, calls = runtime.reconcile, []
+
+    def explode_once(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise ZeroDivisionError
+        return real(*arguments)
+
+    monkeypatch.setattr(runtime, "reconcile", explode_once)
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: len(rig.servers.sets) == 1)
+        assert 'reconciles_total{result="failed"} 1.0' in (await rig.get("/metrics"))[1]

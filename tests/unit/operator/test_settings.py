@@ -1,0 +1,82 @@
+"""Settings, and what to write instead of wrong ones."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pointsman_operator.observed import Key
+from pointsman_operator.settings import (
+    ServiceRef,
+    is_loopback,
+    make_settings,
+    settings_from_environment,
+)
+
+TLS = {"tls_cert": "c", "tls_key": "k", "tls_ca": "a"}
+
+WRONG = {
+    "service": ({"policy_servers": "policy:9003"}, "is not namespace/name:port"),
+    "service path": ({"policy_servers": "a/b/c:9003"}, "is not namespace/name:port"),
+    "half of TLS": ({"tls_cert": "c"}, "go together"),
+    "plaintext": (
+        {"policy_server_addresses": ("10.0.0.1:9003",)},
+        "plaintext is only for loopback",
+    ),
+    "host name": ({"policy_server_addresses": ("localhost:9003",)}, "plaintext is only for"),
+    "namespace": ({"namespaces": ("Team_A",)}, "is not the name of a namespace"),
+    "servers elsewhere": (
+        {"namespaces": ("team-a",), "policy_servers": "pointsman/policy:9003", **TLS},
+        "add --namespace pointsman",
+    ),
+    "url": ({"prometheus_url": "prometheus:9090"}, "is not an http:// or https:// URL"),
+    "interval": ({"resync_interval_s": 0.0}, "resync_interval_s must be positive"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_settings(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_settings(**given)
+
+
+def test_the_certificate_is_expected_to_name_the_service():
+    settings = make_settings(policy_servers="pointsman/policy-server:control", **TLS)
+    assert settings.policy_servers == ServiceRef(Key("pointsman", "policy-server"), "control")
+    assert settings.tls.server_name == "policy-server.pointsman.svc"
+    settings = make_settings(policy_servers="a/b:1", tls_server_name="x", **TLS)
+    assert settings.tls.server_name == "x"
+
+
+def test_loopback_may_be_plaintext():
+    addresses = ("127.0.0.1:1", "[::1]:1", "unix:///run/policy.sock")
+    assert make_settings(policy_server_addresses=addresses).tls is None
+    assert all(map(is_loopback, addresses))
+    assert not is_loopback("10.0.0.1:1")
+
+
+def test_every_process_has_a_name_of_its_own():
+    assert make_settings().identity != make_settings().identity
+
+
+def test_settings_from_the_environment():
+    settings = settings_from_environment(
+        {
+            "POINTSMAN_NAMESPACE": "a b",
+            "POINTSMAN_POLICY_SERVERS": "a/policy:9003",
+            "POINTSMAN_POLICY_SERVER_ADDRESS": "10.0.0.1:1 10.0.0.2:1",
+            "POINTSMAN_TLS_CERT": "/c",
+            "POINTSMAN_TLS_KEY": "/k",
+            "POINTSMAN_TLS_CA": "/a",
+            "POINTSMAN_HTTP_ADDRESS": "0.0.0.0:8081",
+            "POINTSMAN_RESYNC_INTERVAL": "30",
+            "POINTSMAN_PROMETHEUS_URL": "http://prometheus:9090",
+        }
+    )
+    assert settings.namespaces == ("a", "b")
+    assert settings.policy_server_addresses == ("10.0.0.1:1", "10.0.0.2:1")
+    assert settings.tls.ca == Path("/a")
+    assert settings.http_address == "0.0.0.0:8081"
+    assert settings.resync_interval_s == 30.0
+    assert settings.prometheus_url == "http://prometheus:9090"
+    assert settings_from_environment({}).http_address == "127.0.0.1:8080"
