@@ -88,10 +88,10 @@ async def test_two_policies_with_one_model_name(place):
     assert status == 200
 
     # Who gives the name up is out of the conflict too.
-    await place.apply(place.policy("older", selector={"matchLabels": {"of": "older"}}))
-    await place.until_policy("older", Accepted="False/ModelNameConflict")
+    await place.apply(place.policy("z-third", selector={"matchLabels": {"of": "older"}}))
+    await place.until_policy("z-third", Accepted="False/ModelNameConflict")
     await place.patch("routingpolicies", "z-newer", {"spec": {"models": [extra]}})
-    await place.until_policy("older", Accepted="True", Ready="True")
+    await place.until_policy("z-third", Accepted="True", Ready="True")
     await place.until_answered_by("ant")
 
 
