@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pointsman_core.cost import CostModel
-from pointsman_core.quality import DeclaredPriors, QualityPredictor
+from pointsman_core.prediction import DeclaredPriors, Predictor
 from pointsman_core.snapshot import Candidate, Snapshot
-from pointsman_core.state import BoolArray, FloatArray, IntArray, LiveState, Residents
+from pointsman_core.state import BoolArray, FloatArray, IntArray, Residents, StateView
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +66,13 @@ class RoutingTable:
     """A snapshot prepared for deciding: columns that do not change between requests."""
 
     def __init__(
-        self, snapshot: Snapshot, state: LiveState, predictor: QualityPredictor | None = None
+        self, snapshot: Snapshot, state: StateView, predictor: Predictor | None = None
     ) -> None:
         self.snapshot = snapshot
         self.candidates = snapshot.candidates
         self.predictor = predictor or DeclaredPriors(snapshot)
         self.rows: IntArray = np.array([state.row(c.address) for c in self.candidates], np.int64)
         self.cost = CostColumns.of(self.candidates)
-        self.expected_output = np.array(
-            [c.expected_output_tokens for c in self.candidates], np.float64
-        )
         self.context_limit = np.array(
             [c.limits.context_tokens for c in self.candidates], np.float64
         )
@@ -152,14 +149,15 @@ class Observation:
 
 
 def observe(
-    table: RoutingTable, state: LiveState, request: Request, *, now_s: float
+    table: RoutingTable, state: StateView, request: Request, *, now_s: float
 ) -> Observation:
     """Turn live state into what a decider sees. Pure: changes nothing."""
     residents = state.residents()
     entry, candidate = table.residents_of(residents.row)
     elapsed = now_s - residents.arrival_s[entry]
     seen = _tokens_so_far(table, residents, entry, candidate, elapsed)
-    output = table.expected_output
+    expected = table.predictor.predict(request.prompt)
+    output = expected.output_tokens
     if request.max_output_tokens is not None:
         output = np.minimum(output, request.max_output_tokens)
     return Observation(
@@ -168,7 +166,7 @@ def observe(
         limit_s=request.limit_s,
         first_token_limit_s=request.first_token_limit_s,
         eligible=_eligible(table, state, request),
-        quality=table.predictor.predict(request.prompt),
+        quality=expected.quality,
         output_tokens=output,
         foreign=state.foreign(now_s=now_s)[table.rows],
         kv_usage=state.kv_usage(now_s=now_s)[table.rows],
@@ -210,7 +208,7 @@ def _tokens_so_far(
     return np.where(whole, np.maximum(guess, 0.0), seen)
 
 
-def _eligible(table: RoutingTable, state: LiveState, request: Request) -> BoolArray:
+def _eligible(table: RoutingTable, state: StateView, request: Request) -> BoolArray:
     """(E,) ready endpoints whose context holds the request.
 
     The prompt's length is an estimate, so when it fits nowhere the roomiest endpoints stay

@@ -9,9 +9,10 @@ import numpy as np
 from pointsman_core.deciders import Decider, Scores, make_decider
 from pointsman_core.latency import forecast
 from pointsman_core.observation import Observation, Request, RoutingTable, observe
+from pointsman_core.prediction import Predictor
 from pointsman_core.resources import Admission, Algorithm
 from pointsman_core.snapshot import Candidate, Snapshot
-from pointsman_core.state import Admitted, BoolArray, FloatArray, IntArray, LiveState
+from pointsman_core.state import Admitted, BoolArray, FloatArray, IntArray, StateView
 
 
 class Rejection(StrEnum):
@@ -56,9 +57,16 @@ class Decision:
 class Router:
     """Decides requests of one snapshot on a shared live state."""
 
-    def __init__(self, snapshot: Snapshot, state: LiveState, *, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        state: StateView,
+        *,
+        predictor: Predictor | None = None,
+        seed: int | None = None,
+    ) -> None:
         self.snapshot = snapshot
-        self.table = RoutingTable(snapshot, state)
+        self.table = RoutingTable(snapshot, state, predictor)
         self._state = state
         self._rng = np.random.default_rng(seed)
         self._decider = make_decider(snapshot.algorithm, self._rng)

@@ -8,6 +8,7 @@ on one monotonic clock of the caller's. Not thread-safe: one event loop owns it.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +96,30 @@ class Residents:
         """Overwrite entry ``target`` by entry ``source``."""
         for _, array in self.columns():
             array[target] = array[source]
+
+
+class StateView(Protocol):
+    """What deciding reads of live state; `LiveState` has it, and so has the simulator."""
+
+    def row(self, address: str) -> int:
+        """Row of an endpoint."""
+        ...
+
+    def ready(self) -> BoolArray:
+        """(rows,) endpoints that may be chosen."""
+        ...
+
+    def foreign(self, *, now_s: float) -> FloatArray:
+        """(rows,) requests that an engine has beyond ours."""
+        ...
+
+    def kv_usage(self, *, now_s: float) -> FloatArray:
+        """(rows,) share of the KV cache in use, NaN where unknown or stale."""
+        ...
+
+    def residents(self) -> Residents:
+        """All requests in flight; valid until the next change."""
+        ...
 
 
 class LiveState:

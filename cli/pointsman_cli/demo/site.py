@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import yaml
 
 from pointsman_core.manifests import compile_manifests
-from pointsman_core.quality import detect_domain, fold_keywords
+from pointsman_core.prediction import detect_domain, fold_keywords
 from pointsman_core.resources import Algorithm, LLMExpert, QoS, Resource, RoutingPolicy
 from pointsman_core.snapshot import selects
 

@@ -2,7 +2,12 @@
 
 import pytest
 
-from pointsman_core.quality import PROMPT_CHARS_READ, DeclaredPriors, detect_domain, fold_keywords
+from pointsman_core.prediction import (
+    PROMPT_CHARS_READ,
+    DeclaredPriors,
+    detect_domain,
+    fold_keywords,
+)
 from pointsman_core.resources import DomainRule, DomainScore, QualityPriors
 
 RULES = (
@@ -57,4 +62,4 @@ class TestDeclaredPriors:
         ],
     )
     def test_in_the_order_of_candidates(self, desc, prompt, want, priors):
-        assert priors.predict(prompt).tolist() == want, desc
+        assert priors.predict(prompt).quality.tolist() == want, desc

@@ -1,0 +1,1 @@
+"""The laboratory: simulator, workloads, predictors, evaluation and training."""

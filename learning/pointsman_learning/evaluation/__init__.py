@@ -1,0 +1,1 @@
+"""Deciders compared on held-out workloads."""

@@ -1,0 +1,1 @@
+"""Training and judging predictors of quality and answer length."""

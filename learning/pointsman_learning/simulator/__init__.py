@@ -1,0 +1,1 @@
+"""Endpoints with continuous batching, in simulated time."""
