@@ -72,6 +72,56 @@ def ext_proc(
     show(runs, title="ext_proc round trip", as_json=as_json, setting=_setting(requests))
 
 
+@app.command()
+def simulator(
+    endpoints: Annotated[str, typer.Option(help="Comma-separated numbers.")] = "4,6,16,64",
+    loads: Annotated[
+        str, typer.Option(help="Comma-separated shares of the estimated capacity.")
+    ] = "0.5,0.9,1.4",
+    requests: Annotated[int, typer.Option(min=2, help="Requests per run.")] = 3000,
+    verify: Annotated[
+        int, typer.Option(min=0, help="Random cases to compare with the slow reference.")
+    ] = 0,
+    speed: Annotated[bool, typer.Option(help="Measure speeds.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of workloads and cases.")] = 0,
+    as_json: _Json = False,
+) -> None:
+    """The training simulator: its speed on one core, and its equality with the reference."""
+    pools = [int(number) for number in _numbers(endpoints, "--endpoints", least=1, most=256)]
+    shares = _numbers(loads, "--loads", least=0.01, most=10)
+    try:
+        from pointsman_cli.bench import simulator as bench
+        from pointsman_learning.simulator.reference import MismatchError
+        from pointsman_learning.simulator.reference import verify as compare
+    except ModuleNotFoundError as missing:
+        hint = "needs the learning extra: pip install 'pointsman[learning]'"
+        typer.echo(f"error: {hint} ({missing})", err=True)
+        raise typer.Exit(1) from None
+    from pointsman_cli.bench.progress import counting
+
+    compared = None
+    if verify:
+        with counting("comparing with the reference", verify, quiet=as_json) as progress:
+            try:
+                compared = compare(verify, seed=seed, progress=progress)
+            except MismatchError as mismatch:
+                typer.echo(f"the simulator differs from the reference: {mismatch}", err=True)
+                raise typer.Exit(1) from None
+    runs = bench.run(endpoints=pools, loads=shares, requests=requests, seed=seed) if speed else []
+    bench.show(runs, compared, as_json=as_json, setting=_setting(requests) | {"seed": seed})
+
+
+def _numbers(text: str, option: str, *, least: float, most: float) -> list[float]:
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(least <= number <= most for number in numbers):
+        message = f"{text!r} is not a list of numbers from {least:g} to {most:g}"
+        raise typer.BadParameter(message, param_hint=option)
+    return numbers
+
+
 def _clients(text: str) -> list[int]:
     try:
         clients = [int(number) for number in text.split(",")]

@@ -115,7 +115,9 @@ class Outcome:
     @property
     def in_time(self) -> BoolArray:
         """(N,) served within all limits."""
-        kept: BoolArray = self.latency_per_token_s <= self.scenario.limit_s
+        # Without a limit (inf) a request still has to be served.
+        kept: BoolArray = np.isfinite(self.finish_s)
+        kept &= self.latency_per_token_s <= self.scenario.limit_s
         if self.scenario.first_token_limit_s is not None:
             waited = self.first_token_s - self.scenario.arrival_s
             kept &= waited <= self.scenario.first_token_limit_s
