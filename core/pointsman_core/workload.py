@@ -199,6 +199,17 @@ def _shuffled(generator: np.random.Generator, size: int, wanted: int) -> IntArra
     return np.concatenate(rounds)[:wanted].astype(np.int64)
 
 
+def column_of(names: Iterable[str], columns: Sequence[str]) -> int | None:
+    """Column of a score table that belongs to an expert of these names; None: it has none.
+
+    Case and what stands before the last ``/`` are ignored, since served names often carry
+    their publisher: google/gemma-2-9b-it.
+    """
+    wanted = [name.rpartition("/")[2].casefold() for name in names]
+    known = {name.rpartition("/")[2].casefold(): index for index, name in enumerate(columns)}
+    return next((known[name] for name in wanted if name in known), None)
+
+
 # --- Arrivals --------------------------------------------------------------------------
 
 
@@ -508,7 +519,7 @@ def synthetic(
     table = QualityTable(
         prompts=tuple(_prompt(generator, domain) for domain in domains),
         experts=experts,
-        scores=_scores(generator, np.array([[means[e][d] for e in experts] for d in domains])),
+        scores=draw_scores(generator, np.array([[means[e][d] for e in experts] for d in domains])),
         output_tokens=np.full((requests, len(experts)), np.nan),
         source="a synthetic generator (templates, drawn scores)",
         domains=domains,
@@ -542,7 +553,7 @@ def _prompt(generator: np.random.Generator, domain: str) -> str:
     )
 
 
-def _scores(generator: np.random.Generator, means: FloatArray) -> FloatArray:
+def draw_scores(generator: np.random.Generator, means: FloatArray) -> FloatArray:
     """Draw 0 or 1 with the given means (prompts, experts), correlated within a prompt."""
     shared = generator.standard_normal((means.shape[0], 1))
     own = generator.standard_normal(means.shape)

@@ -21,6 +21,7 @@ from pointsman_core.workload import (
     parse_quality,
     synthetic,
 )
+from pointsman_core.workload import column_of as column_of_names
 
 DATA_VARIABLE = "POINTSMAN_DATA"
 
@@ -136,7 +137,4 @@ class SiteGrader:
 def column_of(expert: LLMExpert, names: tuple[str, ...]) -> int | None:
     """Column of a score table that belongs to an expert, by model name, alias or name."""
     own = (expert.spec.model, *expert.spec.aliases, expert.metadata.name)
-    # Served names often carry their publisher: google/gemma-2-9b-it.
-    wanted = [name.rpartition("/")[2].casefold() for name in own]
-    columns = {name.rpartition("/")[2].casefold(): index for index, name in enumerate(names)}
-    return next((columns[name] for name in wanted if name in columns), None)
+    return column_of_names(own, names)
