@@ -141,6 +141,9 @@ class Observation:
     resident_limit_s: FloatArray
     resident_quality: FloatArray
 
+    learned: BoolArray | None = None
+    """(E,) whether ``quality`` was learned from data; else, and by None, it was declared."""
+
     def per_candidate(self, values: FloatArray | BoolArray) -> FloatArray:
         """(R,) values of the requests there, summed to (E,)."""
         return np.bincount(
@@ -178,6 +181,7 @@ def observe(
         resident_output_tokens=seen,
         resident_limit_s=residents.limit_s[entry],
         resident_quality=residents.quality[entry],
+        learned=expected.learned,
     )
 
 

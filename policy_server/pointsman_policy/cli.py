@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pointsman_policy.settings import DEFAULT_BODY_LIMIT, MAX_BODY_BYTES
+from pointsman_policy.settings import BUILTIN_PREDICTOR, DEFAULT_BODY_LIMIT, MAX_BODY_BYTES
 
 
 def policy_server(
@@ -52,6 +52,14 @@ def policy_server(
     stats_window: Annotated[
         float, typer.Option(help="Seconds over which the operator is told of QoS.", min=1)
     ] = 300.0,
+    predictor: Annotated[
+        str,
+        typer.Option(
+            help="Predictor of quality: builtin, none, or a file of `pointsman predictor train`;"
+            " experts it does not know keep their declared priors.",
+            envvar="POINTSMAN_PREDICTOR",
+        ),
+    ] = BUILTIN_PREDICTOR,
     seed: Annotated[int | None, typer.Option(help="Seed of random choices.")] = None,
 ) -> None:
     """Serve routing decisions to Envoy."""
@@ -77,6 +85,7 @@ def policy_server(
                 stats_window_s=stats_window,
                 drain_timeout_s=drain_timeout,
                 body_limit_bytes=body_limit,
+                predictor=predictor,
                 seed=seed,
             )
         )

@@ -23,6 +23,11 @@ class Metrics:
             "pointsman_rejections", "Requests for which no endpoint was chosen.",
             ["policy", "reason"], registry=r,
         )  # fmt: skip
+        self.quality_sources = Counter(
+            "pointsman_quality_sources",
+            "Decisions by where the chosen expert's expected quality came from.",
+            ["policy", "source"], registry=r,
+        )  # fmt: skip
         self.fallbacks = Counter(
             "pointsman_fallbacks", "Decisions made by the fallback algorithm.",
             ["policy", "algorithm"], registry=r,

@@ -30,6 +30,7 @@ from pointsman_policy.http_api import Health, build_app
 from pointsman_policy.manifest_files import read_manifest_files
 from pointsman_policy.metrics import Metrics
 from pointsman_policy.policy_api import PolicyServicer
+from pointsman_policy.predictor_file import load_predictor
 from pointsman_policy.scrape import Scraper, Target
 from pointsman_policy.service import RoutingService
 from pointsman_policy.settings import ServerSettings
@@ -83,7 +84,10 @@ class PolicyServer:
         self._settings = settings
         self._metrics = Metrics()
         self.service = RoutingService(
-            self._metrics, seed=settings.seed, stats_window_s=settings.stats_window_s
+            self._metrics,
+            seed=settings.seed,
+            stats_window_s=settings.stats_window_s,
+            artefact=load_predictor(settings.predictor),
         )
         self._installed = asyncio.Event()
         self._intake = SnapshotIntake(SnapshotBoard(self._install), self._metrics)

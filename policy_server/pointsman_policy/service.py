@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pointsman_core.observation import Request
+from pointsman_core.predictors import Artefact, make_predictor
 from pointsman_core.router import Decision, Rejection, Router
 from pointsman_core.snapshot import Candidate, Snapshot
 from pointsman_core.state import LiveState
@@ -44,13 +45,16 @@ class RoutingService:
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
         stats_window_s: float = WINDOW_S,
+        artefact: Artefact | None = None,
     ) -> None:
+        """``artefact`` predicts quality where it knows the expert; None: nothing is learned."""
         self.state = LiveState()
         self.metrics = metrics
         self.statistics = PolicyStatistics(window_s=stats_window_s)
         self.tracker = RequestTracker(self.state, metrics, self.statistics)
         self.clock = clock
         self._seed = seed
+        self._artefact = artefact
         self._routers: dict[str, Router] = {}
         self._by_model: dict[str, Router] = {}
         self._installed = False
@@ -95,7 +99,8 @@ class RoutingService:
         # Each policy draws a sequence of its own.
         name = zlib.crc32(snapshot.full_name.encode())
         seed = None if self._seed is None else self._seed ^ name
-        return Router(snapshot, self.state, seed=seed)
+        predictor = make_predictor(self._artefact, snapshot)
+        return Router(snapshot, self.state, predictor=predictor, seed=seed)
 
     def _show_snapshots(self) -> None:
         self.metrics.snapshot_info.clear()
@@ -185,6 +190,8 @@ class RoutingService:
             self.metrics.rejections.labels(policy, code).inc()
         else:
             self.metrics.decisions.labels(policy, decision.algorithm, decision.chosen.expert).inc()
+            source = "learned" if decision.learned else "declared"
+            self.metrics.quality_sources.labels(policy, source).inc()
 
 
 def make_request(

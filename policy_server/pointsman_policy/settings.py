@@ -9,6 +9,9 @@ from pointsman_policy.addresses import SocketAddress
 DEFAULT_BODY_LIMIT = 4 * 1024 * 1024
 """Bytes of a request body; images in prompts make them long."""
 
+BUILTIN_PREDICTOR = "builtin"
+NO_PREDICTOR = "none"
+
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """Beyond it a decision takes longer than Envoy waits, and Python's one loop too long for others."""
 
@@ -70,6 +73,8 @@ class ServerSettings:
     """How long SIGTERM waits for requests that are under way."""
     stats_window_s: float = 300.0
     """Over which time the operator is told how the policies did."""
+    predictor: str = BUILTIN_PREDICTOR
+    """``builtin``, ``none``, or the file of a predictor of quality."""
     seed: int | None = None
     """Seed of random choices; None draws one."""
 
