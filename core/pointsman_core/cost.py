@@ -9,7 +9,7 @@ al., arXiv 2001.08361); attention's own FLOPs are left out. The efficiencies are
 
 from dataclasses import dataclass
 
-from pointsman_core.resources import ExpertLimits, PerformanceProfile
+from pointsman_core.resources import ExpertLimits, MeasuredTimes, PerformanceProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,9 @@ class CostModel:
 
     @classmethod
     def from_profile(cls, profile: PerformanceProfile, limits: ExpertLimits) -> "CostModel":
-        """Turn data-sheet numbers into times."""
+        """Take measured times, or turn data-sheet numbers into times."""
+        if profile.measured is not None:
+            return cls._from_measured(profile.measured, profile, limits)
         parameters = profile.parameters_billions * 1e9
         bandwidth = profile.memory_bandwidth_gbps * 1e9 * profile.bandwidth_efficiency
         flops = profile.peak_tflops * 1e12 * profile.compute_efficiency
@@ -42,9 +44,19 @@ class CostModel:
             compute_s_per_token=2.0 * parameters / flops,
             weights_s=parameters * profile.bytes_per_parameter / bandwidth,
             context_s_per_token=profile.kv_bytes_per_token / bandwidth,
-            kv_capacity_tokens=int(profile.kv_cache_gib * 2**30 / profile.kv_bytes_per_token),
-            max_sequences=limits.concurrency,
-            max_batched_tokens=profile.max_batched_tokens,
+            **_capacities(profile, limits),
+        )
+
+    @classmethod
+    def _from_measured(
+        cls, times: MeasuredTimes, profile: PerformanceProfile, limits: ExpertLimits
+    ) -> "CostModel":
+        return cls(
+            overhead_s=times.overhead_ms / 1e3,
+            compute_s_per_token=times.per_token_us / 1e6,
+            weights_s=times.weights_ms / 1e3,
+            context_s_per_token=times.per_context_token_us / 1e6,
+            **_capacities(profile, limits),
         )
 
     def iteration_seconds(
@@ -58,3 +70,11 @@ class CostModel:
         compute = self.compute_s_per_token * tokens
         memory = self.weights_s + self.context_s_per_token * context_tokens
         return self.overhead_s + max(compute, memory)
+
+
+def _capacities(profile: PerformanceProfile, limits: ExpertLimits) -> dict[str, int]:
+    return {
+        "kv_capacity_tokens": int(profile.kv_cache_gib * 2**30 / profile.kv_bytes_per_token),
+        "max_sequences": limits.concurrency,
+        "max_batched_tokens": profile.max_batched_tokens,
+    }

@@ -1,9 +1,18 @@
 """Predicted latency per token, with and without the arriving request.
 
-A fluid approximation of continuous batching on the roofline cost model (ours): every
-sequence present decodes at the pace of the current batch, prompts that are still to be
-prefilled go first in chunks, and what exceeds the batch or the KV cache waits until
-enough of the present requests have ended. All arrays are (E,) or (R,), see `Observation`.
+A fluid approximation of continuous batching on the roofline cost model (ours). It counts in
+*steps* of each endpoint: a running sequence gets one token per step, so after its prefill a
+request needs as many steps as it has tokens left, however long a step takes.
+
+1. Requests are served in order of arrival. Those beyond the batch (or beyond what fits into
+   the KV cache, at their mean size) start when enough of the others have ended.
+2. The batch stays as full as it is: whoever ends is replaced. Of the prefill of those to
+   come, the share `INTERFERENCE` slows the steps of those present.
+3. While prompts that are there are prefilled in chunks, steps last as long as an iteration
+   with a chunk.
+
+Letting the batch drain instead predicted worse at every load that was tried, as did taking
+the later prefill in full: see docs/deciders.md. Arrays are (E,) or (R,), see `Observation`.
 """
 
 from dataclasses import dataclass
@@ -12,6 +21,9 @@ import numpy as np
 
 from pointsman_core.observation import Observation
 from pointsman_core.state import BoolArray, FloatArray
+
+INTERFERENCE = 0.3
+"""Share of the prefill of requests to come that delays those present; fitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,52 +39,180 @@ class LatencyForecast:
     resident_after_s: FloatArray
     """(R,) the same if the new one joins its endpoint."""
 
-    def keeps_limits(self, seen: Observation) -> BoolArray:
-        """(E,) the new request keeps its limits and makes no present one lose its own."""
-        own = (self.per_token_s <= seen.limit_s) & (self.first_token_s <= seen.first_token_limit_s)
-        limit = seen.resident_limit_s
+    def keeps_limits(self, seen: Observation, *, margin: float = 1.0) -> BoolArray:
+        """(E,) the new request keeps its limits and makes no present one lose its own.
+
+        Predictions count ``margin`` times.
+        """
+        own = self.per_token_s <= seen.limit_s / margin
+        own &= self.first_token_s <= seen.first_token_limit_s / margin
+        limit = seen.resident_limit_s / margin
         harmed = (self.resident_before_s <= limit) & (self.resident_after_s > limit)
         result: BoolArray = own & (seen.per_candidate(harmed) == 0)
         return result
 
 
-def forecast(seen: Observation) -> LatencyForecast:
+def forecast(seen: Observation, *, interference: float = INTERFERENCE) -> LatencyForecast:
     """Predict latencies for each choice."""
-    started = seen.resident_output_tokens > 0
-    remaining = seen.resident_expected_output - seen.resident_output_tokens
-    context = seen.resident_prompt_tokens + seen.resident_output_tokens
-    own = seen.per_candidate(np.ones_like(context))
-    present = own + seen.foreign
-    # Requests from elsewhere are taken to be like the average one of ours.
-    share = np.where(own > 0, present / np.maximum(own, 1.0), 1.0)
-    unknown = np.where(own > 0, 0.0, seen.foreign)
-    held = seen.per_candidate(context + 0.5 * remaining) * share
-    held += unknown * (seen.prompt_tokens + 0.5 * seen.output_tokens)
-    to_prefill = seen.per_candidate(np.where(started, 0.0, seen.resident_prompt_tokens))
-    left = seen.per_candidate(remaining) * share + unknown * seen.output_tokens
-
-    joined = held + seen.prompt_tokens + 0.5 * seen.output_tokens
-    step_before = _step_s(seen, present, held)
-    step_after = _step_s(seen, present + 1.0, joined)
-    prefill_before = _prefill_s(seen, to_prefill, present, held)
-    prefill_after = _prefill_s(seen, to_prefill + seen.prompt_tokens, present, joined)
-    wait = _wait_s(seen, present + 1.0, joined, left / np.maximum(present, 1.0), step_after)
-
-    first_token = seen.waited_s + wait + prefill_after
-    total = first_token + seen.output_tokens * step_after
+    load = _Load.of(seen)
     where = seen.resident_candidate
+    before, after = _step_times(seen, load, interference)
+    started = seen.resident_output_tokens > 0
+    left = seen.resident_expected_output - np.where(started, seen.resident_output_tokens, 1.0)
 
-    def resident(prefill: FloatArray, step: FloatArray) -> FloatArray:
-        finish = seen.resident_elapsed_s + prefill[where] + remaining * step[where]
-        result: FloatArray = finish / seen.resident_expected_output
-        return result
+    # Prefill that is under way, and the new request's: with it if that can start at once.
+    early = _Prefill.of(seen, load, tokens=load.to_prefill, context=load.context, step=before)
+    own_start, start = _starts(seen, load, left)
+    at_once = own_start == 0.0
+    tokens = np.where(at_once, load.to_prefill, 0.0) + seen.prompt_tokens
+    late = _Prefill.of(seen, load, tokens=tokens, context=load.joined_context, step=after)
+    kept = early.steps * ~at_once
 
+    first = own_start + late.steps
+    last = first + np.maximum(seen.output_tokens - 1.0, 0.0)
+    lead = seen.waited_s + own_start * before + np.minimum(own_start, kept) * early.slower_s
+    first_token = lead + late.steps * (after + late.slower_s)
+    total = first_token + (last - first) * after
+
+    end = start + left + np.where(started, 0.0, early.steps[where])
+    elapsed = seen.resident_elapsed_s + end * before[where]
+    shared = np.maximum(np.minimum(end, last[where]) - own_start[where], 0.0)
+    joined = elapsed + shared * (after - before)[where]
+    joined += np.minimum(end, kept[where]) * early.slower_s[where]
+    joined += np.minimum(shared, late.steps[where]) * late.slower_s[where]
+    alone = elapsed + np.minimum(end, early.steps[where]) * early.slower_s[where]
     return LatencyForecast(
         first_token_s=first_token,
         per_token_s=total / seen.output_tokens,
-        resident_before_s=resident(prefill_before, step_before),
-        resident_after_s=resident(prefill_after, step_after),
+        resident_before_s=alone / seen.resident_expected_output,
+        resident_after_s=joined / seen.resident_expected_output,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What is on each endpoint; all (E,)."""
+
+    own: FloatArray
+    """Requests of ours."""
+    share: FloatArray
+    """Present requests per one of ours: foreign ones are taken to be like ours."""
+    present: FloatArray
+    context: FloatArray
+    """Tokens of context of those that run, on average over the rest of their lives."""
+    joined_context: FloatArray
+    """The same while the new request runs."""
+    to_prefill: FloatArray
+    """Tokens of prompts that are not computed yet."""
+    slots: FloatArray
+    """Sequences that run at once."""
+    running: FloatArray
+    """Those of the present that do."""
+    room: FloatArray
+    """Tokens of prompt that fit into an iteration beside the decodes."""
+
+    @classmethod
+    def of(cls, seen: Observation) -> "_Load":
+        own = seen.per_candidate(np.ones_like(seen.resident_limit_s))
+        present = own + seen.foreign
+        share = np.where(own > 0, present / np.maximum(own, 1.0), 1.0)
+        new_context = seen.prompt_tokens + 0.5 * seen.output_tokens
+        so_far = seen.resident_output_tokens
+        mean = seen.resident_prompt_tokens + 0.5 * (so_far + seen.resident_expected_output)
+        held = seen.per_candidate(mean) * share
+        # Where only foreign requests are, they are taken to be like the new one.
+        held = np.where(own > 0, held, seen.foreign * new_context)
+        waiting = np.where(so_far > 0, 0.0, seen.resident_prompt_tokens)
+        fit = seen.cost.kv_capacity_tokens * (present + 1.0) / (held + new_context)
+        slots = np.floor(np.maximum(np.minimum(seen.cost.max_sequences, fit), 1.0))
+        running = np.minimum(present, slots)
+        mean_held = held / np.maximum(present, 1.0)
+        return cls(
+            own=own,
+            share=share,
+            present=present,
+            context=mean_held * running,
+            joined_context=mean_held * np.minimum(present, slots - 1.0) + new_context,
+            to_prefill=seen.per_candidate(waiting),
+            slots=slots,
+            running=running,
+            room=np.maximum(seen.cost.max_batched_tokens - running, 1.0),
+        )
+
+
+def _step_times(
+    seen: Observation, load: _Load, interference: float
+) -> tuple[FloatArray, FloatArray]:
+    """(E,) seconds of a step without and with the new request."""
+    # Requests to come: as many per step as will have left, each with the mean prompt.
+    lengths = np.maximum(seen.per_candidate(seen.resident_expected_output), 1.0)
+    rate = load.own * load.present / lengths
+    prompt = seen.per_candidate(seen.resident_prompt_tokens) / np.maximum(load.own, 1.0)
+    chunk = np.minimum(prompt, load.room)
+    mixed = interference * np.minimum(rate * np.maximum(prompt / load.room, 1.0), 1.0)
+
+    def seconds(running: FloatArray, context: FloatArray) -> FloatArray:
+        held = np.minimum(context, seen.cost.kv_capacity_tokens)
+        step = seen.cost.iteration_s(tokens=running, context_tokens=held)
+        with_chunk = seen.cost.iteration_s(tokens=running + chunk, context_tokens=held)
+        result: FloatArray = step + mixed * (with_chunk - step)
+        return result
+
+    joined = np.minimum(load.present + 1.0, load.slots)
+    return seconds(load.running, load.context), seconds(joined, load.joined_context)
+
+
+def _starts(seen: Observation, load: _Load, left: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Steps until each request starts: the new one (E,), and those present (R,).
+
+    Where requests wait, each start is the lesser of two upper bounds: all the work ahead
+    shared by the whole batch, and, for the k-th to wait, the k-th end of those that run.
+    """
+    if (load.present + 1.0 <= load.slots).all():
+        return np.zeros_like(load.own), np.zeros_like(left)
+    count = load.own.astype(np.int64)
+    lane = seen.resident_candidate
+    order = np.lexsort((-seen.resident_elapsed_s, lane))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order)) - (np.cumsum(count) - count)[lane[order]]
+    # One column per endpoint, the oldest first; the last row is for the new request.
+    work = np.zeros((int(count.max(initial=0)) + 1, len(count)))
+    work[place, lane] = left
+    number = np.arange(len(work))[:, None]
+    runs = (number < count) & (number * load.share < load.slots)
+    ends = np.sort(np.where(runs, work, np.inf), axis=0)
+    kth = np.clip(number - runs.sum(axis=0), 0, None)
+    ahead = (np.cumsum(work, axis=0) - work) * load.share / load.slots
+    soonest = np.minimum(np.take_along_axis(ends, kth, axis=0), ahead)
+    start = np.where(number * load.share < load.slots, 0.0, soonest)
+    # Of foreign requests nothing is known: each that is too many waits for one to end.
+    only_foreign = np.maximum(load.present + 1.0 - load.slots, 0.0) * seen.output_tokens
+    own = np.where(count > 0, start[count, np.arange(len(count))], only_foreign / load.slots)
+    return own, start[place, lane]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """Steps that carry a chunk of a prompt, and how much longer each is; all (E,)."""
+
+    steps: FloatArray
+    slower_s: FloatArray
+
+    @classmethod
+    def of(
+        cls,
+        seen: Observation,
+        load: _Load,
+        *,
+        tokens: FloatArray,
+        context: FloatArray,
+        step: FloatArray,
+    ) -> "_Prefill":
+        chunk = np.minimum(tokens, load.room)
+        held = np.minimum(context, seen.cost.kv_capacity_tokens)
+        seconds = seen.cost.iteration_s(tokens=load.running + chunk, context_tokens=held)
+        steps = np.where(tokens > 0, np.maximum(tokens / load.room, 1.0), 0.0)
+        return cls(steps, np.maximum(seconds - step, 0.0))
 
 
 def drain_s(seen: Observation) -> FloatArray:
@@ -114,20 +254,4 @@ def _prefill_s(
     held = np.minimum(context, seen.cost.kv_capacity_tokens)
     iteration = seen.cost.iteration_s(tokens=chunk + decodes, context_tokens=held)
     result: FloatArray = np.where(tokens > 0, np.maximum(tokens / room, 1.0), 0.0) * iteration
-    return result
-
-
-def _wait_s(
-    seen: Observation,
-    sequences: FloatArray,
-    context: FloatArray,
-    mean_remaining: FloatArray,
-    step: FloatArray,
-) -> FloatArray:
-    """(E,) time until enough present requests have ended for the new one to start."""
-    no_slot = np.maximum(sequences - seen.cost.max_sequences, 0.0)
-    per_sequence = context / sequences
-    no_memory = np.maximum(context - seen.cost.kv_capacity_tokens, 0.0) / per_sequence
-    served = np.maximum(np.minimum(sequences, seen.cost.max_sequences), 1.0)
-    result: FloatArray = np.maximum(no_slot, no_memory) * mean_remaining * step / served
     return result

@@ -205,7 +205,10 @@ class Algorithm(StrEnum):
     SHORTEST_QUEUE = "ShortestQueue"
     LEAST_LOAD = "LeastLoad"
     QUALITY_GREEDY = "QualityGreedy"
+    BEST_EXPERT = "BestExpert"
+    WEIGHTED_SCORE = "WeightedScore"
     LATENCY_QUALITY_GREEDY = "LatencyQualityGreedy"
+    IMPACT_GREEDY = "ImpactGreedy"
 
 
 class EngineType(StrEnum):
@@ -434,6 +437,30 @@ class ExpertLimits(Resource):
     )
 
 
+class MeasuredTimes(Resource):
+    """Times of one engine iteration as measured by `pointsman calibrate`.
+
+    An iteration takes the overhead and the longer of its arithmetic (perTokenUs for each
+    prompt token and each decoding sequence) and its memory traffic (weightsMs, and
+    perContextTokenUs for each token in the KV cache).
+    """
+
+    rules = (
+        Rule(
+            cel="self.overheadMs + self.weightsMs > 0.0",
+            message="overheadMs and weightsMs must not both be 0: no iteration takes no time",
+            holds=lambda times: times.overhead_ms + times.weights_ms > 0,
+        ),
+    )
+
+    overhead_ms: float = Field(ge=0, le=10_000, description="Fixed time, in ms.")
+    per_token_us: float = Field(ge=0, le=1e7, description="Arithmetic of a token, in microseconds.")
+    weights_ms: float = Field(ge=0, le=10_000, description="Reading the weights, in ms.")
+    per_context_token_us: float = Field(
+        ge=0, le=1e6, description="Reading a token of the KV cache, in microseconds."
+    )
+
+
 class PerformanceProfile(Resource):
     """Roofline numbers of one endpoint, from data sheets or from `pointsman calibrate`.
 
@@ -480,6 +507,12 @@ class PerformanceProfile(Resource):
     )
     max_batched_tokens: int = Field(
         default=512, ge=1, le=2**20, description="Token budget of one iteration (chunked prefill)."
+    )
+    measured: MeasuredTimes | None = Field(
+        default=None,
+        description="Times of an iteration as measured. Where given, they count instead of "
+        "peakTflops, memoryBandwidthGBps, parametersBillions, bytesPerParameter, the two "
+        "efficiencies and iterationOverheadMs.",
     )
 
 

@@ -1,12 +1,13 @@
 """One policy at work: from a request to a decision."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
 
-from pointsman_core.deciders import Decider, Scores, make_decider
+from pointsman_core.deciders import ADMISSION_MARGINS, Decider, Scores, make_decider
 from pointsman_core.latency import forecast
 from pointsman_core.observation import Observation, Request, RoutingTable, observe
 from pointsman_core.prediction import Predictor
@@ -46,6 +47,10 @@ class Decision:
     """(E,) predicted to keep all limits; None: the algorithm does not look."""
     quality: FloatArray
     """(E,) predicted quality."""
+    parts: Mapping[str, FloatArray] = field(default_factory=dict)
+    """(E,) what the scores are made of, by name; empty where the algorithm does not tell."""
+    learned: bool = False
+    """Whether the chosen one's quality was learned from data; else it was declared."""
     rejection: Rejection | None = None
     """Set exactly when nothing was chosen."""
     fallback_reason: str | None = None
@@ -81,8 +86,8 @@ class Router:
         seen = self.observe(request, now_s=now_s)
         algorithm, scores, failure = self._score(seen)
         best, order = self._rank(seen, scores)
-        in_time = self._in_time(seen, scores)
-        rejection = self._rejection(seen, in_time)
+        in_time, acceptable = self._admission(algorithm, seen, scores)
+        rejection = self._rejection(seen, acceptable)
         chosen = None if rejection or best is None else self.table.candidates[best]
         if rejection or best is None:
             why = str(rejection)
@@ -98,6 +103,8 @@ class Router:
             eligible=seen.eligible,
             in_time=in_time,
             quality=seen.quality,
+            parts=scores.parts,
+            learned=chosen is not None and _is_learned(seen, best),
             rejection=rejection,
             fallback_reason=failure,
             admitted=None if chosen is None or best is None else _admitted(request, seen, best),
@@ -140,21 +147,27 @@ class Router:
     def _retry_targets(self, order: IntArray) -> tuple[Candidate, ...]:
         return tuple(self.table.candidates[i] for i in order[1 : 1 + MAX_RETRY_TARGETS])
 
-    def _in_time(self, seen: Observation, scores: Scores) -> BoolArray | None:
-        """What the decider said of the limits; under Reject asked for where it said nothing.
+    def _admission(
+        self, algorithm: Algorithm, seen: Observation, scores: Scores
+    ) -> tuple[BoolArray | None, BoolArray | None]:
+        """(E,) in time, and (E,) acceptable: as the decider says, else by the forecast.
 
-        So admission is the same for all deciders.
+        The forecast is asked only under Reject, so admission has one rule for all deciders.
         """
-        if scores.in_time is None and self.snapshot.admission is Admission.REJECT:
-            return forecast(seen).keeps_limits(seen)
-        return scores.in_time
+        if self.snapshot.admission is not Admission.REJECT:
+            return scores.in_time, None
+        in_time = scores.in_time
+        if in_time is None:
+            margin = ADMISSION_MARGINS.get(algorithm, 1.0)
+            in_time = forecast(seen).keeps_limits(seen, margin=margin)
+        return in_time, in_time if scores.acceptable is None else scores.acceptable
 
-    def _rejection(self, seen: Observation, in_time: BoolArray | None) -> Rejection | None:
+    def _rejection(self, seen: Observation, acceptable: BoolArray | None) -> Rejection | None:
         if not seen.eligible.any():
             return Rejection.NO_READY_ENDPOINT
-        if self.snapshot.admission is not Admission.REJECT or in_time is None:
+        if acceptable is None or (acceptable & seen.eligible).any():
             return None
-        return None if (in_time & seen.eligible).any() else Rejection.OVER_LIMIT
+        return Rejection.OVER_LIMIT
 
     def replace_decider(self, decider: Decider) -> None:
         """Swap the algorithm's implementation between two requests."""
@@ -164,8 +177,13 @@ class Router:
 def _check(scores: Scores, seen: Observation) -> None:
     if scores.values.shape != seen.quality.shape:
         raise ValueError(f"{scores.values.shape[0]} scores for {len(seen.quality)} candidates")
-    if scores.in_time is not None and scores.in_time.shape != seen.quality.shape:
-        raise ValueError(f"in_time has the shape {scores.in_time.shape}")
+    for name in ("in_time", "acceptable"):
+        said = getattr(scores, name)
+        if said is not None and said.shape != seen.quality.shape:
+            raise ValueError(f"{name} has the shape {said.shape}")
+    for name, values in scores.parts.items():
+        if values.shape != seen.quality.shape:
+            raise ValueError(f"{name!r} has the shape {values.shape}")
     if not np.isfinite(scores.values[seen.eligible]).all():
         raise ValueError("a score is not a finite number")
 
@@ -181,9 +199,22 @@ def _admitted(request: Request, seen: Observation, best: int) -> Admitted:
     )
 
 
+def _source(seen: Observation, best: int) -> str:
+    """Where the quality comes from, told where candidates differ in it or it was learned."""
+    if seen.learned is None or not seen.learned.any():
+        return ""
+    return " (learned)" if seen.learned[best] else " (declared)"
+
+
+def _is_learned(seen: Observation, best: int | None) -> bool:
+    return best is not None and seen.learned is not None and bool(seen.learned[best])
+
+
 def _explain(algorithm: Algorithm, seen: Observation, scores: Scores, best: int) -> str:
+    parts = "".join(f", {name} {values[best]:.3f}" for name, values in scores.parts.items())
     text = (
-        f"{algorithm}: score {scores.values[best]:.3f}, expected quality {seen.quality[best]:.2f},"
+        f"{algorithm}: score {scores.values[best]:.3f}, expected quality {seen.quality[best]:.2f}"
+        f"{_source(seen, best)}{parts},"
         f" {int(seen.eligible.sum())} of {len(seen.eligible)} endpoints eligible"
     )
     if scores.in_time is None:

@@ -1,6 +1,7 @@
 """What a decider is."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pointsman_core.observation import Observation
@@ -15,6 +16,13 @@ class Scores:
     """(E,) higher is better; ineligible candidates may have any value."""
     in_time: BoolArray | None = None
     """(E,) whether the limits would be kept; None: the decider does not look at them."""
+    acceptable: BoolArray | None = None
+    """(E,) whether the request may be admitted there under ``Reject``.
+
+    None: as ``in_time`` says, and where that is None too the common check of the forecast.
+    """
+    parts: Mapping[str, FloatArray] = field(default_factory=dict)
+    """(E,) what the values are made of, by name, for explanations only."""
 
 
 class Decider(Protocol):

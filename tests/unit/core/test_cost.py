@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pointsman_core.cost import CostModel
 from pointsman_core.resources import ExpertLimits, PerformanceProfile
@@ -38,6 +39,26 @@ def test_data_sheet_numbers_become_times():
     assert cost.kv_capacity_tokens == 8192
     assert cost.max_sequences == 16
     assert cost.max_batched_tokens == 256
+
+
+def test_measured_times_count_instead():
+    measured = {"overheadMs": 3, "perTokenUs": 200, "weightsMs": 20, "perContextTokenUs": 0.5}
+    profile = PerformanceProfile.model_validate(
+        {"measured": measured, "kvBytesPerToken": 2**17, "kvCacheGiB": 1, "maxBatchedTokens": 256}
+    )
+    cost = CostModel.from_profile(profile, ExpertLimits(concurrency=16))
+    assert cost.overhead_s == pytest.approx(0.003)
+    assert cost.compute_s_per_token == pytest.approx(0.0002)
+    assert cost.weights_s == pytest.approx(0.020)
+    assert cost.context_s_per_token == pytest.approx(5e-7)
+    assert cost.kv_capacity_tokens == 8192
+    assert (cost.max_sequences, cost.max_batched_tokens) == (16, 256)
+
+
+def test_measured_times_must_take_time():
+    measured = {"overheadMs": 0, "perTokenUs": 1, "weightsMs": 0, "perContextTokenUs": 0}
+    with pytest.raises(ValidationError, match="overheadMs and weightsMs must not both be 0"):
+        PerformanceProfile.model_validate({"measured": measured})
 
 
 def test_small_batch_is_bound_by_memory():

@@ -66,6 +66,15 @@ class TestChoosing:
             " 2 of 3 endpoints eligible, 2 in time"
         )
 
+    def test_why_tells_what_the_score_is_made_of(self, site, build):
+        router, _ = site(algorithm=Algorithm.IMPACT_GREEDY)
+        decision = router.decide(build.request(limit_s=10.0), now_s=0.0)
+        chance = decision.parts["chance in time"][1]
+        assert decision.why == (
+            f"ImpactGreedy: score {0.8 * chance:.3f}, expected quality 0.80, chance in time"
+            f" {chance:.3f}, impact on others 0.000, 3 of 3 endpoints eligible, 3 in time"
+        )
+
     def test_the_table_learns_what_is_known_of_the_request(self, site, build):
         router, _ = site(algorithm=Algorithm.QUALITY_GREEDY)
         request = build.request(
@@ -170,6 +179,40 @@ class TestAdmission:
             assert decision.admitted is None
             assert decision.retry_on == ()
 
+    @pytest.mark.parametrize(
+        ("said", "rejected"),
+        [
+            (Scores(np.arange(3.0), np.zeros(3, np.bool_)), True),
+            (Scores(np.arange(3.0), np.ones(3, np.bool_)), False),
+            (Scores(np.arange(3.0), np.zeros(3, np.bool_), np.array([0, 1, 0], np.bool_)), False),
+            (Scores(np.arange(3.0), np.ones(3, np.bool_), np.zeros(3, np.bool_)), True),
+            (Scores(np.arange(3.0), acceptable=np.zeros(3, np.bool_)), True),
+        ],
+    )
+    def test_what_the_decider_says_of_admission_holds(
+        self, said, rejected, site, build, fixed_scores
+    ):
+        router, _ = site(admission=Admission.REJECT)
+        router.replace_decider(fixed_scores(said))
+        decision = router.decide(build.request(limit_s=10.0), now_s=0.0)
+        assert (decision.rejection is Rejection.OVER_LIMIT) == rejected
+        assert (decision.chosen is None) == rejected
+        assert decision.fallback_reason is None
+
+    def test_nothing_is_refused_for_its_value_at_best_effort(self, site, build, fixed_scores):
+        router, _ = site()
+        router.replace_decider(fixed_scores(Scores(np.arange(3.0), acceptable=np.zeros(3, bool))))
+        assert router.decide(build.request(), now_s=0.0).chosen.address == C
+
+    def test_one_acceptable_candidate_that_is_not_ready_does_not_help(
+        self, site, build, fixed_scores
+    ):
+        router, state = site(admission=Admission.REJECT)
+        state.set_ready(B, ready=False)
+        acceptable = np.array([False, True, False])
+        router.replace_decider(fixed_scores(Scores(np.arange(3.0), acceptable=acceptable)))
+        assert router.decide(build.request(), now_s=0.0).chosen is None
+
     @pytest.mark.parametrize("algorithm", Algorithm)
     def test_reject_is_the_same_for_all_algorithms(self, algorithm, site, build):
         router, _ = site(admission=Admission.REJECT, algorithm=algorithm)
@@ -196,6 +239,16 @@ FAILURES = [
         "wrong shape of in_time",
         Scores(np.zeros(3), np.zeros(2, np.bool_)),
         "ValueError: in_time has the shape (2,)",
+    ),
+    (
+        "wrong shape of acceptable",
+        Scores(np.zeros(3), acceptable=np.zeros(4, np.bool_)),
+        "ValueError: acceptable has the shape (4,)",
+    ),
+    (
+        "wrong shape of a part",
+        Scores(np.zeros(3), parts={"luck": np.zeros(1)}),
+        "ValueError: 'luck' has the shape (1,)",
     ),
 ]
 

@@ -106,7 +106,7 @@ class TestExplainNow:
         assert (idle.score, idle.expected_quality) == (0.9, 0.9)
         # As worked out in the forecast's own tests.
         assert idle.predicted_time_to_first_token_ms == pytest.approx(101)
-        assert idle.predicted_latency_per_token_ms == pytest.approx(13.205)
+        assert idle.predicted_latency_per_token_ms == pytest.approx(12.8945)
         assert idle.in_time
         assert (busy.expert, busy.eligible, busy.in_flight) == ("fast", False, 1)
         assert busy.predicted_time_to_first_token_ms > 101

@@ -1,0 +1,62 @@
+"""``pointsman tune``: the heuristic deciders' parameters, from training windows."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pointsman_cli.deciders import parse_deciders
+
+
+def tune(
+    deciders: Annotated[str, typer.Option(help="Comma-separated, or all.")] = "all",
+    windows: Annotated[int, typer.Option(min=2, help="Training windows.")] = 96,
+    requests: Annotated[int, typer.Option(min=10, help="Requests of each window.")] = 500,
+    candidates: Annotated[int, typer.Option(min=2, help="Candidates per parameter.")] = 8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    journal: Annotated[
+        Path | None, typer.Option(help="Every run is kept here; the same command goes on.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """Search parameters for the highest average QoS; prints the result as JSON."""
+    try:
+        from pointsman_core.workload import WorkloadError
+        from pointsman_learning.evaluation import tuning
+        from pointsman_learning.evaluation.composer import available_workloads
+    except ModuleNotFoundError as missing:
+        typer.echo("needs the learning extra: pip install 'pointsman[learning]'", err=True)
+        raise typer.Exit(1) from missing
+
+    known = tuning.spaces()
+    wanted = [known[a] for a in parse_deciders(deciders) if a in known]
+    if not wanted:
+        raise typer.BadParameter(f"{deciders}: has nothing to tune", param_hint="--deciders")
+    effort = tuning.Effort(
+        windows=windows, first_windows=min(16, windows), candidates_per_parameter=candidates
+    )
+    runs = tuning.Journal(journal)
+    found: list[tuning.Tuned] = []
+    text = ""
+    try:
+        workloads = [name for name in tuning.WORKLOADS if name in available_workloads()]
+        chosen = tuning.training_windows(windows, requests=requests, seed=seed, workloads=workloads)
+        for space in wanted:
+            found.append(
+                tuning.tune(
+                    space,
+                    chosen,
+                    effort=effort,
+                    measure=runs.measured(space),
+                    seed=seed,
+                    report=lambda line: typer.echo(line, err=True),
+                )
+            )
+            text = json.dumps(tuning.document(found, chosen, effort=effort, seed=seed), indent=2)
+            if output is not None:  # after each decider: a long search may be broken off
+                output.write_text(text + "\n")
+    except WorkloadError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(text)
