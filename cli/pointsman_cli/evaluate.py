@@ -1,0 +1,425 @@
+"""The command ``pointsman evaluate``."""
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pointsman_core.resources import Admission
+    from pointsman_learning.evaluation import Composer, Plan, Results, Run
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells report it."""
+TABLE_WIDTH = 100
+"""Columns of the tables where the output is no terminal."""
+START_S = 6.0
+"""Rough time until all processes are ready, for the first estimate only."""
+
+_T = TypeVar("_T")
+
+
+def evaluate(
+    workloads: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: poisson, on-off, azure-conv, azure-code."
+            " Default: all whose data is at hand."
+        ),
+    ] = None,
+    loads: Annotated[
+        str, typer.Option(help="Comma-separated shares of the site's estimated capacity.")
+    ] = "0.5,0.9",
+    limits: Annotated[
+        str,
+        typer.Option(help="Comma-separated: x1, x2.5, x5 (multiples of the base limits), mixed."),
+    ] = "x1",
+    admission: Annotated[
+        str, typer.Option(help="Comma-separated: best-effort, reject.")
+    ] = "reject",
+    deciders: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated names; also 'all' deciders, quick 'bounds', slow 'lookaheads'."
+        ),
+    ] = "all",
+    seeds: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Windows of each kind; 20 to conclude.")
+    ] = 10,
+    requests: Annotated[
+        int, typer.Option(min=10, max=1_000_000, help="Requests of each window.")
+    ] = 1000,
+    predictor: Annotated[
+        str | None,
+        typer.Option(
+            help="What deciders know of quality: 'builtin' (learned), 'priors' (declared),"
+            " or the file of a predictor. Default: builtin; priors on synthetic prompts."
+        ),
+    ] = None,
+    reference: Annotated[
+        str,
+        typer.Option(help="Decider that others are compared with; 'best': the best baseline."),
+    ] = "best",
+    quality_data: Annotated[
+        Path | None,
+        typer.Option(help="Your own scores: prompt,expert,score,output_tokens (CSV)."),
+    ] = None,
+    arrivals: Annotated[
+        Path | None,
+        typer.Option(help="Your own trace: arrival_seconds,input_tokens,output_tokens (CSV)."),
+    ] = None,
+    experts: Annotated[
+        Path | None,
+        typer.Option(help="Your own manifests, a file or folder; default: examples/edge-site."),
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Policy in the manifests; default: that of 'auto'.")
+    ] = None,
+    outages: Annotated[
+        bool, typer.Option("--outages", help="In each window one endpoint fails, one joins.")
+    ] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where tables and plots go.")] = Path(
+        "evaluation-output"
+    ),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print runs and summary as JSON on standard output.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Processes; default: one per core.")
+    ] = None,
+) -> None:
+    """Compare deciders on held-out workloads, in simulation: tables, intervals, plots.
+
+    All deciders meet the very same requests. Differences have paired bootstrap intervals.
+    """
+    with _learning_extra():
+        from pointsman_learning.evaluation import Composer, Plan, default_predictor
+
+    if policy is not None and experts is None:
+        raise _bad("--policy", "names a policy in the manifests of --experts, which are not given")
+    composer = Composer(
+        requests=requests,
+        predictor=predictor or default_predictor(quality_data),
+        experts=experts,
+        policy=policy,
+        quality_data=quality_data,
+        arrivals=arrivals,
+        outages=outages,
+    )
+    chosen = _deciders(deciders)
+    plan = Plan(
+        workloads=_workloads(workloads, arrivals),
+        loads=_loads(loads),
+        limits=_limits(limits),
+        admissions=_admissions(admission),
+        deciders=chosen,
+        seeds=range(seeds),
+    )
+    reference = _reference(reference, chosen)
+    _check(composer, plan)
+    with _named("--output-dir"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    status = _run(
+        composer,
+        plan,
+        reference=reference,
+        output_dir=output_dir,
+        as_json=as_json,
+        jobs=min(jobs or _cores(), len(plan)),
+    )
+    raise typer.Exit(status)
+
+
+@contextmanager
+def _learning_extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        typer.echo(
+            f"error: needs the learning extra: pip install 'pointsman[learning]' ({missing})",
+            err=True,
+        )
+        raise typer.Exit(2) from None
+
+
+# --- Options -----------------------------------------------------------------------------
+
+
+def _bad(option: str, message: object) -> typer.BadParameter:
+    return typer.BadParameter(str(message), param_hint=option)
+
+
+def _items(text: str, option: str) -> list[str]:
+    items = list(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
+    if not items:
+        raise _bad(option, "names nothing")
+    return items
+
+
+def _choose(text: str, option: str, known: dict[str, _T]) -> list[_T]:
+    """Values by name, case ignored."""
+    folded = {name.casefold(): value for name, value in known.items()}
+    items = _items(text, option)
+    unknown = [item for item in items if item.casefold() not in folded]
+    if unknown:
+        raise _bad(option, f"{', '.join(unknown)}: choose from {', '.join(known)}")
+    return list(dict.fromkeys(folded[item.casefold()] for item in items))
+
+
+def _workloads(text: str | None, arrivals: Path | None) -> list[str]:
+    from pointsman_learning.evaluation import available_workloads, workload_name
+    from pointsman_learning.workloads import Process
+
+    if arrivals is not None:
+        if text is not None:
+            raise _bad("--workloads", "give either this or --arrivals")
+        return [workload_name(arrivals)]
+    if text is None:
+        return list(available_workloads())
+    return _choose(text, "--workloads", {process.value: process.value for process in Process})
+
+
+def _loads(text: str) -> list[float]:
+    loads = []
+    for item in _items(text, "--loads"):
+        try:
+            load = float(item)
+        except ValueError:
+            load = math.nan
+        if not (0 < load <= 100):
+            raise _bad("--loads", f"{item}: must be a number above 0, and at most 100")
+        loads.append(load)
+    return sorted(set(loads))
+
+
+def _limits(text: str) -> list[str]:
+    from pointsman_core.workload import WorkloadError
+    from pointsman_learning.workloads import limits_of
+
+    try:
+        names = [limits_of(item.casefold()).name for item in _items(text, "--limits")]
+    except WorkloadError as error:
+        raise _bad("--limits", error.message) from None
+    return list(dict.fromkeys(names))
+
+
+def _admissions(text: str) -> "list[Admission]":
+    from pointsman_core.resources import Admission
+
+    known = {"best-effort": Admission.BEST_EFFORT, "reject": Admission.REJECT}
+    product_names = {admission.value.casefold() for admission in Admission}
+    items = [
+        "best-effort" if item.casefold() in product_names - {"reject"} else item
+        for item in _items(text, "--admission")
+    ]
+    return _choose(",".join(items), "--admission", known)
+
+
+def _deciders(text: str) -> list[str]:
+    from pointsman_learning.evaluation import LOOKAHEAD, contenders
+
+    known = contenders()
+    bounds = [name for name, one in known.items() if one.bound]
+    groups = {
+        "all": [name for name in known if name not in bounds],
+        "bounds": [name for name in bounds if not name.startswith(LOOKAHEAD)],
+        "lookaheads": [name for name in bounds if name.startswith(LOOKAHEAD)],
+    }
+    folded = {name.casefold(): [name] for name in known} | groups
+    items = _items(text, "--deciders")
+    unknown = [item for item in items if item.casefold() not in folded]
+    if unknown:
+        choices = ", ".join([*known, *groups])
+        raise _bad("--deciders", f"{', '.join(unknown)}: choose from {choices}")
+    chosen = {name for item in items for name in folded[item.casefold()]}
+    return [name for name in known if name in chosen]
+
+
+def _reference(text: str, deciders: Sequence[str]) -> str:
+    from pointsman_learning.evaluation import BEST_BASELINE
+
+    known = {name: name for name in (BEST_BASELINE, *deciders)}
+    return _choose(text, "--reference", known)[0]
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Turn errors of what an option names into messages that name the option."""
+    from pointsman_core.manifests import ManifestErrors
+    from pointsman_core.predictors import ArtefactError
+    from pointsman_core.workload import WorkloadError
+
+    try:
+        yield
+    except (ManifestErrors, WorkloadError, ArtefactError, OSError) as error:
+        raise _bad(option, error) from None
+
+
+def _check(composer: "Composer", plan: "Plan") -> None:
+    """Load everything once here, so that errors come at once and say where from."""
+    with _named("--experts" if composer.policy is None else "--policy"):
+        composer.pool()
+    with _named("--quality-data"):
+        composer.corpus()
+    with _named("--predictor"):
+        composer.predicted()
+    for workload in plan.workloads:
+        with _named("--workloads" if composer.arrivals is None else "--arrivals"):
+            disjoint = composer.disjoint_windows(workload)
+        if disjoint == 0:
+            raise _bad("--requests", f"{workload} has fewer than {composer.requests} requests")
+    with _named("scenario"):
+        composer(next(plan.tasks()).window)
+
+
+def _cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# --- Running -----------------------------------------------------------------------------
+
+
+def _run(
+    composer: "Composer",
+    plan: "Plan",
+    *,
+    reference: str,
+    output_dir: Path,
+    as_json: bool,
+    jobs: int,
+) -> int:
+    """Run to the end; returns the exit status."""
+    from rich.console import Console
+
+    from pointsman_learning.evaluation import DeciderFailedError, collect
+
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    tables = _table_console(stderr=as_json)
+    runs: list[Run] = []
+    status = 0
+    try:
+        with _interrupted_by_sigterm():
+            _play(composer, plan, jobs, errors, runs.append)
+    except KeyboardInterrupt:
+        errors.print(f"interrupted: {len(runs)} of {len(plan)} runs were finished")
+        status = INTERRUPTED
+    except DeciderFailedError as error:
+        errors.print(f"error: {error}")
+        return 1
+    if runs:
+        _publish(collect(runs, plan), composer, reference, output_dir, tables, as_json=as_json)
+        errors.print(f"tables and plots: {output_dir}")
+    return status
+
+
+def _table_console(*, stderr: bool) -> "Console":
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=TABLE_WIDTH)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does, so that no worker stays behind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _play(
+    composer: "Composer",
+    plan: "Plan",
+    jobs: int,
+    console: "Console",
+    keep: "Callable[[Run], None]",
+) -> None:
+    """Run the plan under a progress bar."""
+    from contextlib import closing
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from pointsman_learning.evaluation import Pace, run_all
+
+    pace = Pace.of(plan, requests=composer.requests, jobs=jobs)
+    console.print(
+        f"{len(plan)} runs of {composer.requests:,} requests, quality predicted by"
+        f" {composer.predictor}, in {jobs} {'process' if jobs == 1 else 'processes'}:"
+        f" about {_duration(pace.left_s + START_S)}"
+    )
+    columns = (
+        TextColumn("runs"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with (
+        Progress(*columns, console=console, transient=True) as progress,
+        closing(run_all(plan.tasks(), composer, jobs=jobs)) as results,
+    ):
+        bar = progress.add_task("runs", total=len(plan), left="")
+        for run in results:
+            keep(run)
+            pace.done(run)
+            progress.update(bar, advance=1, left=f"{_duration(pace.left_s)} left")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _publish(
+    results: "Results",
+    composer: "Composer",
+    reference: str,
+    output_dir: Path,
+    tables: "Console",
+    *,
+    as_json: bool,
+) -> None:
+    import orjson
+
+    from pointsman_learning.evaluation import (
+        as_document,
+        contenders,
+        draw_all,
+        print_report,
+        summarise,
+        write_parquet,
+    )
+
+    baselines = [name for name, one in contenders().items() if one.baseline and not one.bound]
+    workloads = results.runs["workload"].unique().to_list()
+    summary = summarise(
+        results.runs,
+        reference=reference,
+        baselines=baselines,
+        disjoint={name: composer.disjoint_windows(name) for name in workloads},
+    )
+    document = orjson.dumps(as_document(results, summary), option=orjson.OPT_INDENT_2) + b"\n"
+    write_parquet(results, summary, output_dir)
+    (output_dir / "evaluation.json").write_bytes(document)
+    draw_all(results, summary, output_dir)
+    print_report(tables, summary, descriptions=results.descriptions)
+    if as_json:
+        sys.stdout.buffer.write(document)
+        sys.stdout.buffer.flush()

@@ -1,0 +1,100 @@
+"""How sure one can be of a mean, and of a difference between two deciders.
+
+Windows (seeds) are resampled, never requests: requests of one window share its bursts, so
+they are not independent. Deciders of one window met the very same requests, so differences
+are taken window by window and resampled together (a paired bootstrap).
+
+The plain percentile bootstrap is too narrow for few windows: by sqrt((n-1)/n), and because
+it reads the normal instead of Student's distribution. Both are mended by widening the
+percentiles as in Hesterberg, "What Teachers Should Know About the Bootstrap" (2015), section
+3.3, "expanded percentile interval".
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special
+
+from pointsman_core.state import FloatArray
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+MIN_WINDOWS = 5
+"""Below this many windows there are no intervals: resampled means stay within the windows'
+range, and the range of n windows covers the truth in no more than about 1 - 2^(1-n) of cases,
+which is 88 % for four and 94 % for five."""
+FEW_WINDOWS = 8
+"""Below this many windows intervals are shown but not to be trusted. Ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean and its 95 % interval; NaN bounds with fewer than `MIN_WINDOWS`."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def clear_of_zero(self) -> bool:
+        """Whether zero lies outside; False where the bounds are unknown."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval's width, for tables; the bounds need not be symmetric."""
+        return (self.high - self.low) / 2
+
+
+def mean_intervals(
+    values: FloatArray, *, seed: int = 0, resamples: int = RESAMPLES
+) -> list[Interval]:
+    """Intervals of the mean of each row.
+
+    Args:
+        values: (rows, windows); the same windows are drawn for all rows.
+        seed: of the resampling; equal input gives equal intervals.
+        resamples: how often the windows are drawn anew.
+
+    """
+    windows = values.shape[1]
+    means = values.mean(axis=1)
+    if windows < MIN_WINDOWS:
+        return [Interval(float(mean), float("nan"), float("nan")) for mean in means]
+    weights = _weights(windows, seed=seed, resamples=resamples)
+    drawn = values @ weights  # (rows, resamples)
+    low, high = np.quantile(drawn, _tails(windows), axis=1)
+    # Rounding must not put the mean outside an interval of no width.
+    low, high = np.minimum(low, means), np.maximum(high, means)
+    ends = zip(means.tolist(), low.tolist(), high.tolist(), strict=True)
+    return [Interval(*each) for each in ends]
+
+
+def paired_differences(
+    values: FloatArray, reference: FloatArray, *, seed: int = 0, resamples: int = RESAMPLES
+) -> list[Interval]:
+    """Intervals of the mean difference of each row to a reference.
+
+    Args:
+        values: (rows, windows).
+        reference: (windows,) or (rows, windows), on the same windows in the same order.
+        seed: of the resampling.
+        resamples: how often the windows are drawn anew.
+
+    """
+    return mean_intervals(values - reference, seed=seed, resamples=resamples)
+
+
+def _weights(windows: int, *, seed: int, resamples: int) -> FloatArray:
+    """(windows, resamples) share of each window in each resample."""
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(windows, np.full(windows, 1 / windows), size=resamples)
+    weights: FloatArray = counts.T / windows
+    return weights
+
+
+def _tails(windows: int) -> tuple[float, float]:
+    """Percentiles of the resampled means that bound the interval."""
+    quantile = special.stdtrit(windows - 1, (1 - CONFIDENCE) / 2)
+    tail = float(special.ndtr(np.sqrt(windows / (windows - 1)) * quantile))
+    return tail, 1 - tail

@@ -1,0 +1,148 @@
+"""The command line: what it refuses, and how it says so. Nothing is simulated in vain."""
+
+import re
+from pathlib import Path
+
+import orjson
+import pytest
+from typer.testing import CliRunner, Result
+
+from pointsman_cli.main import app
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("POINTSMAN_DATA", str(tmp_path / "empty"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def evaluate(*options: object) -> Result:
+    return CliRunner().invoke(app, ["evaluate", *map(str, options)])
+
+
+def said(result: Result) -> str:
+    """Standard error without the frame that is drawn around it."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--deciders", "Best,Random"], "--deciders: Best: choose from Random, RoundRobin"),
+        (["--deciders", ","], "--deciders: names nothing"),
+        (["--workloads", "posson"], "--workloads: posson: choose from poisson, on-off"),
+        (["--workloads", "azure-conv"], "--workloads: "),
+        (["--loads", "0.5,zero"], "--loads: zero: must be a number above 0"),
+        (["--loads", "-1"], "--loads: -1: must be a number above 0"),
+        (["--limits", "loose"], "--limits: must be one of x1"),
+        (["--admission", "always"], "--admission: always: choose from best-effort, reject"),
+        (["--seeds", "0"], "'--seeds': Input should be greater than or equal to 1"),
+        (["--requests", "1"], "'--requests': Input should be greater than or equal to 10"),
+        (["--jobs", "0"], "'--jobs': Input should be greater than or equal to 1"),
+        (["--predictor", "nowhere.onnx"], "--predictor: [Errno 2] No such file"),
+        (["--experts", "nowhere.yaml"], "--experts: nowhere.yaml: cannot be read"),
+        (["--policy", "other"], "--policy: names a policy in the manifests of --experts"),
+        (["--quality-data", "nowhere.csv"], "--quality-data: nowhere.csv: cannot be read"),
+        (["--arrivals", "nowhere.csv"], "--arrivals: nowhere.csv: cannot be read"),
+        (
+            ["--arrivals", "nowhere.csv", "--workloads", "poisson"],
+            "--workloads: give either this or --arrivals",
+        ),
+        (
+            ["--deciders", "Random", "--reference", "ImpactGreedy"],
+            "--reference: ImpactGreedy: choose from best, Random",
+        ),
+    ],
+)
+def test_wrong_options_are_named(options: list[str], message: str) -> None:
+    result = evaluate(*options)
+    assert result.exit_code == 2, result.output
+    assert f"Invalid value for {message}" in said(result)
+    assert "Traceback" not in result.output
+
+
+def test_a_wrong_cell_is_named(own_files: dict[str, Path]) -> None:
+    scores = own_files["scores.csv"]
+    scores.write_text("prompt,expert,score,output_tokens\nHello,chat,1.5,10\n")
+    result = evaluate("--experts", own_files["site.yaml"], "--quality-data", scores)
+    assert result.exit_code == 2
+    assert "--quality-data: scores.csv, row 2, column score: must be a number" in said(result)
+
+
+def test_an_expert_without_scores_is_named(own_files: dict[str, Path]) -> None:
+    result = evaluate("--quality-data", own_files["scores.csv"])
+    assert result.exit_code == 2
+    assert "--quality-data: " in said(result)
+    assert "it has chat, coder" in said(result)
+
+
+def test_a_policy_that_is_not_there(own_files: dict[str, Path]) -> None:
+    result = evaluate("--experts", own_files["site.yaml"], "--policy", "other")
+    assert result.exit_code == 2
+    assert "has no policy other; it has auto" in said(result)
+
+
+def test_a_trace_that_is_too_short(own_files: dict[str, Path]) -> None:
+    result = evaluate(
+        "--experts",
+        own_files["site.yaml"],
+        "--quality-data",
+        own_files["scores.csv"],
+        "--arrivals",
+        own_files["trace.csv"],
+        "--requests",
+        500,
+    )
+    assert result.exit_code == 2
+    assert "--requests: trace has fewer than 500 requests" in said(result)
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = evaluate("--output-dir", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "--output-dir: " in said(result)
+
+
+def test_names_in_any_case_json_only_on_standard_output(tmp_path: Path) -> None:
+    result = evaluate(
+        *("--workloads", "Poisson", "--loads", "0.9,0.5", "--requests", 50, "--seeds", 2),
+        *("--deciders", "impactgreedy,RANDOM", "--admission", "BestEffort,reject"),
+        *("--output-dir", tmp_path / "out", "--jobs", 1, "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    document = orjson.loads(result.stdout)
+    assert set(document) == {"runs", "summary"}
+    assert len(document["runs"]) == 2 * 2 * 2 * 2
+    assert {run["decider"] for run in document["runs"]} == {"Random", "ImpactGreedy"}
+    assert {run["admission"] for run in document["runs"]} == {"BestEffort", "Reject"}
+    for run in document["runs"]:
+        assert 0 <= run["average_qos"] <= 1
+        assert run["requests"] == 50
+    assert {row["load"] for row in document["summary"]} == {0.5, 0.9}
+    assert orjson.loads((tmp_path / "out" / "evaluation.json").read_bytes()) == document
+    assert "Average QoS" in result.stderr
+    assert "about" in result.stderr  # how long it will take
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"runs.parquet", "summary.parquet", "routing.png", "qos-by-load.png"} <= names
+
+
+def test_own_data(own_files: dict[str, Path], tmp_path: Path) -> None:
+    result = evaluate(
+        *("--experts", own_files["site.yaml"], "--quality-data", own_files["scores.csv"]),
+        *("--arrivals", own_files["trace.csv"], "--predictor", "priors"),
+        *("--deciders", "RoundRobin", "--requests", 50, "--seeds", 5, "--loads", "0.5"),
+        *("--limits", "x2.5", "--output-dir", tmp_path / "out", "--jobs", 1, "--outages"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "trace, load 0.5, limits x2.5, Reject" in result.stdout
+    assert "trace: 1 of the windows overlap" in result.stdout
+
+
+def test_without_the_learning_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pointsman_learning.evaluation", None)
+    result = evaluate()
+    assert result.exit_code == 2
+    assert "needs the learning extra: pip install 'pointsman[learning]'" in result.stderr

@@ -1,0 +1,63 @@
+import io
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from pointsman_learning.evaluation import Plan, Run, collect, print_report, summarise
+
+Fake = Callable[[Plan], list[Run]]
+
+
+def printed(plan: Plan, runs: list[Run], **options: bool | None) -> str:
+    results = collect(runs, plan)
+    summary = summarise(results.runs, disjoint={"azure-code": 2})
+    console = Console(file=io.StringIO(), width=100)
+    print_report(console, summary, descriptions=results.descriptions, **options)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("detailed", [True, False])
+def test_fits_into_100_columns_without_cutting(plan: Plan, fakes: Fake, detailed: bool) -> None:
+    text = printed(plan, fakes(plan), detailed=detailed)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_details_of_few_cells_only(plan: Plan, fakes: Fake) -> None:
+    text = printed(plan, fakes(plan))
+    assert "poisson, load 0.5, limits x1, Reject" not in text
+    assert "summary.parquet" in text
+    small = replace(plan, workloads=["poisson"], loads=[0.5], limits=["x1"])
+    text = printed(small, fakes(small))
+    assert "poisson, load 0.5, limits x1, Reject" in text
+    assert "12,345" in text
+    assert "reference" in text
+    assert "Average QoS" not in text  # one cell needs no overview
+
+
+def test_bounds_stand_apart_below_and_are_explained(plan: Plan, fakes: Fake) -> None:
+    text = printed(plan, fakes(plan))
+    assert (
+        text.index("ImpactGreedy") < text.index("bounds:") < text.index("  lookahead-true-quality")
+    )
+    assert "Bounds see what no router can" in text
+
+
+def test_says_what_not_to_trust(plan: Plan, fakes: Fake) -> None:
+    text = printed(plan, fakes(plan))
+    assert "azure-code: 4 of the windows overlap" in text
+    assert "poisson: 4 of" not in text
+    assert "Fewer than 8 windows" in text
+    assert "made up, window 0" in text
+
+
+def test_few_windows_show_no_intervals(plan: Plan, fakes: Fake) -> None:
+    single = replace(plan, seeds=[0, 1])
+    text = printed(single, fakes(single), detailed=True)
+    assert "±." not in text
+    assert "▼" not in text.split("Average QoS")[0]
+    assert "Fewer than 5 windows tell no intervals" in text
+    assert "nan" not in text

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from pointsman_learning.evaluation.statistics import mean_intervals, paired_differences
+
+
+def test_mean_and_equal_input_give_equal_intervals() -> None:
+    values = np.random.default_rng(1).random((3, 12))
+    first, again = mean_intervals(values), mean_intervals(values)
+    assert first == again
+    for row, interval in zip(values, first, strict=True):
+        assert interval.mean == pytest.approx(row.mean())
+        assert interval.low < interval.mean < interval.high
+        assert type(interval.high) is float
+
+
+@pytest.mark.parametrize("windows", [6, 20])
+def test_width_is_about_that_of_students_interval(windows: int) -> None:
+    values = np.random.default_rng(2).standard_normal((200, windows))
+    ours = np.mean([interval.half_width for interval in mean_intervals(values, resamples=4000)])
+    error = values.std(axis=1, ddof=1) / np.sqrt(windows)
+    students = np.mean(stats.t.ppf(0.975, windows - 1) * error)
+    assert ours == pytest.approx(students, rel=0.1)
+
+
+@pytest.mark.parametrize("windows", [8, 20])
+def test_covers_the_truth_about_as_often_as_it_says(windows: int) -> None:
+    values = np.random.default_rng(3).standard_normal((1500, windows))
+    intervals = mean_intervals(values, resamples=2000)
+    covered = np.mean([interval.low <= 0 <= interval.high for interval in intervals])
+    assert 0.925 <= covered <= 0.975
+
+
+def test_pairing_sees_what_windows_hide() -> None:
+    rng = np.random.default_rng(4)
+    window = rng.standard_normal(10)
+    reference = window + 0.001 * rng.standard_normal(10)
+    better = window + 0.01 + 0.001 * rng.standard_normal(10)
+    (gain,) = paired_differences(better[None], reference)
+    assert gain.clear_of_zero
+    assert gain.mean == pytest.approx(0.01, abs=0.002)
+    mean, _ = mean_intervals(np.array([better, reference]))
+    assert mean.half_width > 10 * gain.half_width
+
+
+def test_no_difference_is_not_clear_of_zero() -> None:
+    values = np.random.default_rng(5).random(10)
+    (gain,) = paired_differences(values[None], values)
+    assert (gain.mean, gain.low, gain.high) == (0, 0, 0)
+    assert not gain.clear_of_zero
+
+
+@pytest.mark.parametrize("windows", [1, 2, 4])
+def test_too_few_windows_have_no_interval(windows: int) -> None:
+    (interval,) = mean_intervals(np.arange(1.0, windows + 1)[None])
+    assert interval.mean == (windows + 1) / 2
+    assert np.isnan([interval.low, interval.high]).all()
+    assert not interval.clear_of_zero
