@@ -8,7 +8,12 @@ import typer
 
 from pointsman_cli import resources
 from pointsman_cli.bench.cli import app as bench
+from pointsman_cli.calibrate import app as calibrate
+from pointsman_cli.data import app as data
 from pointsman_cli.demo.command import demo
+from pointsman_cli.evaluate import evaluate
+from pointsman_cli.predictors import app as predictor
+from pointsman_cli.tune import tune
 from pointsman_engine_sim.cli import engine_sim
 from pointsman_operator.cli import operator
 from pointsman_policy.cli import envoy, policy_server, snapshot
@@ -29,7 +34,12 @@ app.command("operator")(operator)
 app.command("envoy")(envoy)
 app.command("engine-sim")(engine_sim)
 app.add_typer(bench, name="bench")
+app.add_typer(calibrate, name="calibrate")
+app.add_typer(data, name="data")
+app.add_typer(predictor, name="predictor")
+app.command("tune")(tune)
 app.command("snapshot")(snapshot)
+app.command("evaluate")(evaluate)
 app.command("validate")(resources.validate)
 app.command("generate-crds")(resources.generate_crds)
 app.command("generate-docs")(resources.generate_docs)
