@@ -36,7 +36,7 @@ CONNECT_TIMEOUT_S: Final = 5.0
 READ_TIMEOUT_S: Final = 30.0
 
 _APPLY: Final = "application/apply-patch+yaml"
-_NOT_FOUND, _CONFLICT, _GONE = 404, 409, 410
+_FORBIDDEN, _NOT_FOUND, _CONFLICT, _GONE = 403, 404, 409, 410
 
 JsonObject = dict[str, Any]
 _T = TypeVar("_T")
@@ -79,6 +79,11 @@ class ClusterError(OSError):
         super().__init__(message)
         self.status = status
         """HTTP status; 0 if there was no answer."""
+
+    @property
+    def forbidden(self) -> bool:
+        """The operator's role lacks the permission."""
+        return self.status == _FORBIDDEN
 
     @property
     def object_is_gone(self) -> bool:

@@ -35,6 +35,7 @@ class Reason(StrEnum):
     """Why a condition has its status; part of the API, like the conditions' names."""
 
     INVALID_SPEC = "InvalidSpec"
+    NOT_PERMITTED = "NotPermitted"
     # LLMExpert
     ENDPOINTS_READY = "EndpointsReady"
     NO_ENDPOINTS = "NoEndpoints"
@@ -88,6 +89,7 @@ def _meanings(
 
 _UNRESOLVED: Final = (
     (FALSE, Reason.INVALID_SPEC, "the spec is not valid for this version of the operator"),
+    (FALSE, Reason.NOT_PERMITTED, "the operator's role does not let it read the backend"),
     (FALSE, Reason.SERVICE_NOT_FOUND, "`backend.service.name` does not exist"),
     (FALSE, Reason.SERVICE_NOT_SUPPORTED, "the Service is an ExternalName: write `addresses`"),
     (FALSE, Reason.PORT_NOT_FOUND, "the Service has no TCP port `backend.service.port`"),

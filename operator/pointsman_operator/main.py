@@ -44,7 +44,12 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
         ours = memo.get("settings") or settings_from_environment()
         settings.scanning.disabled = bool(ours.namespaces)
         cluster = memo.get("cluster") or connect(ours.namespaces)
-        operator = Operator(ours, cluster, memory=memo.get("memory") or Memory())
+        operator = Operator(
+            ours,
+            cluster,
+            memory=memo.get("memory") or Memory(),
+            on_silence=memo.get("on_silence"),
+        )
         await operator.start()
     except (ClusterError, ValueError, OSError) as error:
         memo.refusal = str(error)  # for `supervise`: to start again would not help
@@ -58,6 +63,9 @@ async def stop(memo: kopf.Memo, **_: Any) -> None:  # noqa: ANN401
     operator = memo.get("operator")
     if operator is not None:
         await operator.stop()
+    ending = memo.get("ending")
+    if ending is not None:
+        ending.set()
 
 
 def configure(settings: kopf.OperatorSettings) -> None:

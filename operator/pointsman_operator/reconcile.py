@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 
 from pointsman_core.resources import (
+    ConditionStatus,
     LLMExpert,
     LLMExpertStatus,
     ObjectMeta,
@@ -238,6 +239,10 @@ def _expert_status(
     probed = {address: probes[address] for address in ready if address in probes}
     reachable = _reachable(ready, probed)
     served = _model_served(expert.found.resource, probed)
+    if len(probed) < len(ready):
+        # Not all were asked since the start, or since one was added: no reason to forget.
+        reachable = _as_before(reachable, expert.found, previous)
+        served = _as_before(served, expert.found, previous)
     return _status_write(
         Kind.EXPERT,
         expert.found,
@@ -246,6 +251,21 @@ def _expert_status(
         previous,
         now,
     )
+
+
+def _as_before(finding: Finding, found: Declared[LLMExpert], previous: Previous) -> Finding:
+    """What was found of the same generation, if nothing is known now."""
+    ref = Ref(Kind.EXPERT, found.meta.key, found.meta.uid)
+    old = conditions_of(previous.statuses.get(ref, found.status)).get(finding.type)
+    if finding.status != UNKNOWN or old is None:
+        return finding
+    if old.get("observedGeneration") != found.meta.generation:
+        return finding
+    try:
+        status, reason = ConditionStatus(old["status"]), Reason(old.get("reason", ""))
+    except ValueError:
+        return finding  # of another version of the operator
+    return Finding(finding.type, status, reason, str(old.get("message", "")))
 
 
 def _expert_ready(

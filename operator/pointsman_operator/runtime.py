@@ -7,8 +7,9 @@ servers have answered: the API server never stands between a change and the requ
 
 import asyncio
 import contextlib
+import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -17,7 +18,7 @@ import structlog
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from pointsman_operator.cluster import Cluster, ClusterError
+from pointsman_operator.cluster import Cluster, ClusterError, JsonObject
 from pointsman_operator.endpoints import Resolver, find_port
 from pointsman_operator.health import Health
 from pointsman_operator.metrics import Metrics
@@ -72,6 +73,7 @@ class Operator:
         memory: Memory | None = None,
         connect: Callable[[str], ServerClient] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_silence: Callable[[], None] | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = Metrics()
@@ -83,16 +85,21 @@ class Operator:
         self._memory = memory or Memory()
         self._connect = connect or (lambda address: GrpcServerClient(address, settings.tls))
         self._clock = clock
+        self._on_silence = on_silence
+        """Called when a watch misses changes and says nothing."""
         self._changed = asyncio.Event()
         self._unwritten = asyncio.Event()
         self._performance: Mapping[Key, Performance] = {}
         self._snapshot_times: dict[tuple[Key, str], float] = {}
         self._retry_s = FIRST_RETRY_S
+        self._publishing = False
+        """A change is on its way to the publisher."""
         self._tasks: list[asyncio.Task[None]] = []
         self._exit = contextlib.AsyncExitStack()
         self._publisher = Publisher(
             self._connect,
-            identity=settings.identity,
+            # A run counts its sets from one; policy servers must not call them old.
+            identity=f"{settings.identity}/{os.urandom(4).hex()}",
             on_change=self._unwritten.set,
             metrics=self.metrics,
             poll_interval_s=settings.status_poll_interval_s,
@@ -152,16 +159,14 @@ class Operator:
         touched = {kind: self.store.begin_list(kind) for kind in Kind}
         written = self._memory.previous.statuses
         try:
-            listed = dict(
-                zip(Kind, await asyncio.gather(*map(self._cluster.list_all, Kind)), strict=True)
-            )
+            listed = dict(zip(Kind, await asyncio.gather(*map(self._list, Kind)), strict=True))
         except BaseException:
             for kind in Kind:
                 self.store.abandon_list(kind, touched[kind])
             raise
         now = self._clock()
         missed = {kind: self.store.missed(kind, now=now) for kind in Kind}
-        changed = [self.store.end_list(kind, touched[kind], listed[kind], now=now) for kind in Kind]
+        changed = [self._end_list(kind, touched[kind], listed[kind], now=now) for kind in Kind]
         watched = [kind for kind in Kind if kind is not Kind.CONFIG_MAP]
         self.health.listed({kind: self.store.events(kind) for kind in watched}, missed)
         for kind in watched:
@@ -172,6 +177,32 @@ class Operator:
             self.health.synced = True
             self._changed.set()
         self._unwritten.set()
+        if (silent := self.health.silent_watches) and self._on_silence is not None:
+            log.warning("watches miss changes", kinds=silent)
+            self._on_silence()
+
+    async def _list(self, kind: Kind) -> Sequence[JsonObject] | ClusterError | None:
+        """All objects of a kind, or why it may not be listed, which is no fault of others."""
+        try:
+            return await self._cluster.list_all(kind)
+        except ClusterError as error:
+            if not error.forbidden or kind in OWN_KINDS:
+                raise
+            log.warning("not permitted, the rest goes on", kind=kind, error=str(error))
+            return error
+
+    def _end_list(
+        self,
+        kind: Kind,
+        touched: set[Key],
+        found: Sequence[JsonObject] | ClusterError | None,
+        *,
+        now: float,
+    ) -> bool:
+        if isinstance(found, ClusterError):
+            self.store.abandon_list(kind, touched)
+            return False
+        return self.store.end_list(kind, touched, found, now=now)
 
     def _take_config_maps(self) -> None:
         """What stands in the API is what has been written, whoever wrote it."""
@@ -206,8 +237,12 @@ class Operator:
             if await self._wait(self._changed):
                 await asyncio.sleep(self.settings.debounce_s)
                 self._changed.clear()
-                with _again_unless_done(self._changed):
-                    await self._publish()
+                self._publishing = True
+                try:
+                    with _again_unless_done(self._changed):
+                        await self._publish()
+                finally:
+                    self._publishing = False
 
     async def _publish(self) -> None:
         if not self.health.synced:
@@ -240,6 +275,7 @@ class Operator:
             pods=objects(Kind.POD),
             pools=objects(Kind.POOL),
             pools_installed=self.store.installed(Kind.POOL),
+            unreadable=frozenset(kind for kind in Kind if not self.store.listed(kind)),
             servers=self._publisher.states(),
             probes={} if self._prober is None else self._prober.results(),
             performance=self._performance,
@@ -300,8 +336,12 @@ class Operator:
         """Wait a little for pending changes and for the policy servers' answers."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_S):
-                while self._changed.is_set() or not self._publisher.settled:  # noqa: ASYNC110
+                while self._busy:  # noqa: ASYNC110
                     await asyncio.sleep(self.settings.debounce_s)
+
+    @property
+    def _busy(self) -> bool:
+        return self._changed.is_set() or self._publishing or not self._publisher.settled
 
     async def _write(self) -> bool:
         """Write what differs; tells whether all of it succeeded."""

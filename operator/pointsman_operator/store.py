@@ -43,6 +43,10 @@ class Store:
         """Whether the API server knows the kind."""
         return self._tables[kind].installed
 
+    def listed(self, kind: Kind) -> bool:
+        """Whether the kind was listed in full at least once."""
+        return self._tables[kind].listed
+
     def events(self, kind: Kind) -> int:
         """Watch events of the kind so far."""
         return self._tables[kind].events
@@ -102,7 +106,8 @@ class Store:
             if _put(table, key, found.get(key)):
                 changed = True
                 if table.listed:
-                    table.corrected[key] = now
+                    # The first time counts: what changes often is missed as well.
+                    table.corrected.setdefault(key, now)
         table.listed = True
         return changed
 

@@ -30,6 +30,10 @@ class StartError(RuntimeError):
     """The start failed for a reason that trying again does not mend."""
 
 
+class SilentWatchError(RuntimeError):
+    """A connection is dead without either side knowing, or kopf has overlooked a CRD."""
+
+
 def run(settings: OperatorSettings) -> None:
     """Run until SIGTERM or SIGINT; raises `StartError`."""
     memory = Memory()
@@ -52,13 +56,20 @@ async def operate(
         Exception: whatever ended the watches.
 
     """
-    memo = kopf.Memo(settings=settings, memory=memory)
+    silence, ending = asyncio.Event(), asyncio.Event()
+
+    def on_silence() -> None:
+        silence.set()
+        ending.set()
+
+    # The cleanup sets `ending` too: kopf waits for whoever waits for its flag, for 5 s.
+    memo = kopf.Memo(settings=settings, memory=memory, on_silence=on_silence, ending=ending)
     try:
         await kopf.operator(
             clusterwide=not settings.namespaces,
             namespaces=settings.namespaces,
             memo=memo,
-            stop_flag=stop_flag,
+            stop_flag=stop_flag or ending,
         )
     except Exception as error:
         if (refusal := memo.get("refusal")) is not None:
@@ -67,6 +78,8 @@ async def operate(
     finally:
         if stop_flag is not None:
             stop_flag.set()  # kopf waits for it in a thread, which would keep the loop from closing
+    if silence.is_set():
+        raise SilentWatchError("a watch missed changes and said nothing")
 
 
 def supervise(

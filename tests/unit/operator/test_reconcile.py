@@ -8,7 +8,7 @@ from pointsman_core.resources import LLMExpertStatus, RoutingPolicyStatus
 from pointsman_core.snapshot import read_snapshot
 from pointsman_operator import reconcile as module
 from pointsman_operator.conditions import MEANINGS
-from pointsman_operator.observed import Key, Performance, Probe, ServerState
+from pointsman_operator.observed import Key, Kind, Performance, Probe, ServerState
 from pointsman_operator.reconcile import Previous, Ref, StoredSnapshot
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -332,6 +332,39 @@ def test_probes_become_conditions(api, found, ready, reachable, served):
         "Reachable": reachable,
         "ModelServed": served,
     }
+
+
+def verdicts(outcome):
+    (write,) = [one for one in outcome.statuses if one.ref.kind is Kind.EXPERT]
+    return {one["type"]: one["reason"] for one in write.status["conditions"]}
+
+
+FORGOTTEN = {"Ready": "EndpointsReady", "Reachable": "NotProbed", "ModelServed": "NotProbed"}
+
+
+@pytest.mark.parametrize("found", [GOOD, SILENT, OTHER, LOCKED], ids=["ok", "off", "other", "401"])
+def test_a_restart_forgets_no_verdict(api, found):
+    """Else every expert would be told of twice, and a broken one be ready for a moment."""
+    seen = api.observe(api.expert(addresses=ADDRESSES), probes=dict.fromkeys(ADDRESSES, found))
+    (write,) = api.reconcile(seen).statuses
+    again = api.observe(api.expert(addresses=ADDRESSES, status=write.status))
+    assert api.reconcile(again).statuses == ()
+
+
+def test_a_verdict_on_another_generation_is_forgotten(api):
+    probes = dict.fromkeys(ADDRESSES, SILENT)
+    (write,) = api.reconcile(api.observe(api.expert(addresses=ADDRESSES), probes=probes)).statuses
+    newer = api.expert(addresses=ADDRESSES, status=write.status, meta={"generation": 2})
+    assert verdicts(api.reconcile(api.observe(newer))) == FORGOTTEN
+
+
+def test_a_verdict_of_another_version_of_the_operator_is_forgotten(api):
+    probes = dict.fromkeys(ADDRESSES, SILENT)
+    (write,) = api.reconcile(api.observe(api.expert(addresses=ADDRESSES), probes=probes)).statuses
+    for condition in write.status["conditions"]:
+        condition["reason"] = "OfLongAgo"
+    old = api.expert(addresses=ADDRESSES, status=write.status)
+    assert verdicts(api.reconcile(api.observe(old))) == FORGOTTEN
 
 
 def test_endpoints_are_counted(api):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import aiohttp
 import pytest
 
-from pointsman_operator import runtime
+from pointsman_operator import runtime, store
 from pointsman_operator.cluster import ClusterError, config_map
 from pointsman_operator.observed import Key, Kind
 from pointsman_operator.publisher import PolicyCounts, ServerReport
@@ -24,6 +24,7 @@ class FakeCluster:
     def __init__(self):
         self.objects = {kind: {} for kind in Kind}
         self.missing = set()
+        self.forbidden = set()
         self.error = None
         self.log = []
         self.changed = asyncio.Event()
@@ -34,6 +35,8 @@ class FakeCluster:
 
     async def list_all(self, kind):
         self._check("list", kind)
+        if kind in self.forbidden:
+            raise ClusterError("forbidden", status=403)
         return None if kind in self.missing else list(self.objects[kind].values())
 
     async def write_snapshot(self, write):
@@ -72,6 +75,7 @@ class FakeServers:
 
     def __init__(self):
         self.sets = []
+        self.publishers = []
         self.changed = asyncio.Event()
         self.counts = {}
 
@@ -84,7 +88,8 @@ class FakeServer:
         self._owner, self._address = owner, address
         self._applied = {}
 
-    async def publish(self, _publisher, what):
+    async def publish(self, publisher, what):
+        self._owner.publishers.append(publisher)
         self._applied = what.applied
         self._owner.sets.append((self._address, what))
         self._owner.changed.set()
@@ -115,12 +120,13 @@ class Rig:
         self.operator = None
 
     @contextlib.asynccontextmanager
-    async def running(self, **settings):
+    async def running(self, *, on_silence=None, **settings):
         self.operator = Operator(
             replace(SETTINGS, **settings),
             self.cluster,
             memory=self.memory,
             connect=self.servers.connect,
+            on_silence=on_silence,
         )
         await self.operator.start()
         try:
@@ -167,7 +173,7 @@ async def test_from_objects_to_a_policy_server_and_back_to_a_status(api, rig):
         assert rig.servers.sets[0][0] == SERVER
         assert "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP]
         await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
-        assert ("event", ("coder", "NoneAnswers")) in rig.cluster.log
+        await rig.until(lambda: ("event", ("auto", "Serving")) in rig.cluster.log)
         assert (await rig.get("/readyz"))[0] == 200
         assert (await rig.get("/healthz")) == (200, "ok\n")
         page = (await rig.get("/metrics"))[1]
@@ -225,7 +231,48 @@ async def test_a_restart_writes_nothing_and_sends_the_same(api, rig):
         await rig.until(lambda: len(rig.servers.sets) == 2)
         await lists(rig, 4)
         assert rig.servers.sets[-1][1].applied == first.applied
-        assert [w for w in rig.cluster.writes() if w[0] in ("snapshot", "delete")] == []
+        # Not even that nobody was asked yet.
+        assert rig.cluster.writes() == []
+
+
+async def test_each_run_publishes_under_a_name_of_its_own(api, rig):
+    """It counts its sets from one; policy servers refuse what seems older than the last."""
+    rig.cluster.put(api.policy(), api.expert())
+    for run in (1, 2):
+        async with rig.running():
+            await rig.until(lambda run=run: len(rig.servers.publishers) == run)
+    assert len(set(rig.servers.publishers)) == 2
+
+
+async def test_what_may_not_be_listed_stops_nothing_else(api, rig):
+    pods = {"podSelector": {"matchLabels": {"app": "llm"}, "port": 8000}}
+    rig.cluster.put(api.policy(), api.expert(), api.expert("chat", **pods))
+    rig.cluster.forbidden = {Kind.POD, Kind.CONFIG_MAP}
+    async with rig.running(resync_interval_s=0.05):
+        await rig.until(lambda: rig.reason("chat", "Ready", Kind.EXPERT) == "NotPermitted")
+        assert [one.policy for one in rig.servers.sets[0][1].snapshots] == ["auto"]
+        rig.cluster.forbidden = set()
+        await rig.until(lambda: rig.reason("chat", "Ready", Kind.EXPERT) == "NoEndpoints")
+
+
+async def test_without_experts_and_policies_nothing_is_known(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    rig.cluster.forbidden = {Kind.EXPERT}
+    async with rig.running(resync_interval_s=0.05):
+        await lists(rig, 2)
+        assert (await rig.get("/readyz"))[0] == 503
+        assert rig.servers.sets == []
+
+
+async def test_a_watch_that_misses_changes_and_says_nothing_is_told_of(api, rig, monkeypatch):
+    monkeypatch.setattr(store, "GRACE_S", 0.1)
+    silence = asyncio.Event()
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(resync_interval_s=0.05, on_silence=silence.set):
+        await rig.until(lambda: len(rig.servers.sets) == 1)
+        rig.cluster.put(api.expert(addresses=["10.0.0.7:8000"], meta={"generation": 2}))
+        async with asyncio.timeout(20):
+            await silence.wait()
 
 
 async def test_a_broken_policy_keeps_its_snapshot_over_a_restart(api, rig):
