@@ -113,16 +113,15 @@ class Resolver:
     def _by_pods(
         self, namespace: str, labels: Mapping[str, str], ports: Iterable[int]
     ) -> Resolution:
+        found: dict[str, bool] = {}
         ports = tuple(ports)
-        return _resolution(
-            {
-                address: pod.ready
-                for pod in self._select(namespace, labels)
-                if not pod.gone
-                for port in ports
-                if (address := format_address(pod.ip, port)) is not None
-            }
-        )
+        for pod in self._select(namespace, labels):
+            addresses = () if pod.gone else (format_address(pod.ip, port) for port in ports)
+            for address in addresses:
+                if address is not None:
+                    # Pods on their host's network share its address: the one that serves counts.
+                    found[address] = found.get(address, False) or pod.ready
+        return _resolution(found)
 
     def _select(self, namespace: str, labels: Mapping[str, str]) -> list[Pod]:
         if not labels:

@@ -211,11 +211,15 @@ def _view_expert(
         fault, message = resolution.fault, resolution.message
         if fault is None:
             return _Expert(found, Accepted(uid, found.resource), resolution)
+    unknown = _Expert(found, None, Resolution(), fault, message)
     if last is None or last.uid != uid:
-        return _Expert(found, None, Resolution(), fault, message)
+        return unknown
     # What it had goes on, looked up anew: pods may have moved, or be gone by now.
     current = last.resource.model_copy(update={"metadata": _object_meta(found.meta)})
-    return _Expert(found, Accepted(uid, current), resolver.resolve(current), fault, message)
+    resolution = resolver.resolve(current)
+    if resolution.fault is Reason.NOT_PERMITTED:
+        return unknown  # what may not be looked up is not gone: its part of the snapshot stays
+    return _Expert(found, Accepted(uid, current), resolution, fault, message)
 
 
 def _object_meta(meta: Meta) -> ObjectMeta:

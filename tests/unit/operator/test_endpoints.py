@@ -98,6 +98,13 @@ def test_pods_that_are_ready_and_stay(api):
     assert resolve(api, PODS, *pods) == (["10.0.1.1:8000"], 2)
 
 
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_of_pods_that_share_an_address_the_ready_one_counts(api, names):
+    """Such as on their host's network; whichever the API tells of first."""
+    pods = [api.pod(name, "10.0.1.1", ready=name == "a") for name in names]
+    assert resolve(api, PODS, *pods) == (["10.0.1.1:8000"], 1)
+
+
 def test_all_labels_must_match(api):
     selector = {"matchLabels": {"app": "llm", "tier": "gpu"}, "port": 1}
     pods = [api.pod("a"), api.pod("b", "10.0.1.2", meta={"labels": {"app": "llm", "tier": "gpu"}})]

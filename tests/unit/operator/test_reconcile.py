@@ -334,6 +334,21 @@ def test_probes_become_conditions(api, found, ready, reachable, served):
     }
 
 
+@pytest.mark.parametrize("valid", [True, False])
+def test_without_the_permission_to_look_what_was_found_stays(api, valid):
+    selector = {"podSelector": {"matchLabels": {"app": "llm"}, "port": 8000}}
+    expert = api.expert(**selector)
+    first = api.reconcile(api.observe(api.policy(), expert, api.pod(ip="10.0.1.1")))
+    if not valid:
+        expert = api.expert(**selector, spec={"limits": {"concurrency": -1}})
+    blind = api.observe(api.policy(), expert, unreadable=frozenset({Kind.POD}))
+    second = api.reconcile(blind, first.next)
+    assert second.snapshots == first.snapshots
+    assert api.addresses(second) == ["10.0.1.1:8000"]
+    third = api.reconcile(blind, second.next)
+    assert third.snapshots == first.snapshots
+
+
 def verdicts(outcome):
     (write,) = [one for one in outcome.statuses if one.ref.kind is Kind.EXPERT]
     return {one["type"]: one["reason"] for one in write.status["conditions"]}
