@@ -385,6 +385,8 @@ def _view_policy(
     else:
         models = () if last_snapshot is None else last_snapshot.models
     conflicts = [f"{model} is answered by {taken[model]}" for model in models if model in taken]
+    if conflicts and found.resource is None:
+        return _Policy(found, verdict)  # what is wrong with it now, not with what it was
     if conflicts:
         text = f"{_listed(conflicts)}, which is older: use another name in spec.models"
         return _Policy(found, Finding(Type.ACCEPTED, FALSE, Reason.MODEL_NAME_CONFLICT, text))

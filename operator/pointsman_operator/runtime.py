@@ -9,7 +9,15 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -18,11 +26,19 @@ import structlog
 from aiohttp import web
 from prometheus_client import generate_latest
 
+from pointsman_core.resources import RoutingPolicy
 from pointsman_operator.cluster import Cluster, ClusterError, JsonObject
 from pointsman_operator.endpoints import Resolver, find_port
 from pointsman_operator.health import Health
 from pointsman_operator.metrics import Metrics
-from pointsman_operator.observed import Key, Kind, Observed, Performance, SnapshotMap
+from pointsman_operator.observed import (
+    Declared,
+    Key,
+    Kind,
+    Observed,
+    Performance,
+    SnapshotMap,
+)
 from pointsman_operator.probe import Prober
 from pointsman_operator.publisher import GrpcServerClient, Publisher, ServerClient
 from pointsman_operator.reconcile import (
@@ -42,6 +58,8 @@ HEARTBEAT_S: Final = 5.0
 RESYNC_TIMEOUT_S: Final = 90.0
 SETTLE_S: Final = 1.0
 """Statuses wait so long for the policy servers' answers."""
+FIRST_SETTLE_S: Final = 8.0
+"""After a start: longer than a policy server may take, so that no status forgets in between."""
 WRITES_AT_ONCE: Final = 8
 FIRST_RETRY_S: Final = 0.5
 LAST_RETRY_S: Final = 30.0
@@ -73,7 +91,8 @@ class Operator:
         memory: Memory | None = None,
         connect: Callable[[str], ServerClient] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        on_silence: Callable[[], None] | None = None,
+        unwatched: Collection[Kind] = (),
+        on_stale_watches: Callable[[str], None] | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = Metrics()
@@ -85,8 +104,10 @@ class Operator:
         self._memory = memory or Memory()
         self._connect = connect or (lambda address: GrpcServerClient(address, settings.tls))
         self._clock = clock
-        self._on_silence = on_silence
-        """Called when a watch misses changes and says nothing."""
+        self._unwatched = frozenset(unwatched)
+        """Kinds that the role did not let anybody watch when the watches began."""
+        self._on_stale_watches = on_stale_watches
+        """Called with the reason when the watches should begin anew."""
         self._changed = asyncio.Event()
         self._unwritten = asyncio.Event()
         self._performance: Mapping[Key, Performance] = {}
@@ -167,19 +188,29 @@ class Operator:
         now = self._clock()
         missed = {kind: self.store.missed(kind, now=now) for kind in Kind}
         changed = [self._end_list(kind, touched[kind], listed[kind], now=now) for kind in Kind]
-        watched = [kind for kind in Kind if kind is not Kind.CONFIG_MAP]
+        watched = [kind for kind in Kind if kind not in {Kind.CONFIG_MAP, *self._unwatched}]
         self.health.listed({kind: self.store.events(kind) for kind in watched}, missed)
         for kind in watched:
             self.metrics.resync_corrections.labels(kind).inc(missed[kind])
         self._take_config_maps()
+        if not self.health.synced:
+            self._performance = last_told(self.store.objects(Kind.POLICY))
         self._audit(written, {key for kind in OWN_KINDS for key in touched[kind]})
         if not self.health.synced or any(changed):
             self.health.synced = True
             self._changed.set()
         self._unwritten.set()
-        if (silent := self.health.silent_watches) and self._on_silence is not None:
-            log.warning("watches miss changes", kinds=silent)
-            self._on_silence()
+        if self._on_stale_watches is not None and (reason := await self._why_stale()):
+            self._on_stale_watches(reason)
+
+    async def _why_stale(self) -> str:
+        """Why the watches should begin anew; empty when they should not."""
+        if silent := self.health.silent_watches:
+            return f"watches of {', '.join(silent)} missed changes and said nothing"
+        for kind in sorted(self._unwatched):
+            if await self._cluster.may_watch(kind):
+                return f"{kind} may be watched now"
+        return ""
 
     async def _list(self, kind: Kind) -> Sequence[JsonObject] | ClusterError | None:
         """All objects of a kind, or why it may not be listed, which is no fault of others."""
@@ -316,12 +347,13 @@ class Operator:
     # --- writes ------------------------------------------------------------------------
 
     async def _write_loop(self) -> None:
-        retry_s = FIRST_RETRY_S
+        retry_s, settle_s = FIRST_RETRY_S, FIRST_SETTLE_S
         while True:
             self.health.beat("writes", now=self._clock())
             if not await self._wait(self._unwritten) or not self.health.synced:
                 continue
-            await self._settle()
+            await self._settle(settle_s)
+            settle_s = SETTLE_S
             self._unwritten.clear()
             with _again_unless_done(self._unwritten):
                 done = await self._write()
@@ -332,10 +364,10 @@ class Operator:
             retry_s = min(LAST_RETRY_S, retry_s * 2)
             self._unwritten.set()
 
-    async def _settle(self) -> None:
+    async def _settle(self, at_most_s: float) -> None:
         """Wait a little for pending changes and for the policy servers' answers."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SETTLE_S):
+            async with asyncio.timeout(at_most_s):
                 while self._busy:  # noqa: ASYNC110
                     await asyncio.sleep(self.settings.debounce_s)
 
@@ -390,7 +422,10 @@ class Operator:
             await call
         except ClusterError as error:
             if error.object_is_gone:
-                return True  # its end, or its successor, will be told by the watch
+                # Its end, or its successor, will be told by the watch.
+                self.metrics.writes.labels(what, "gone").inc()
+                log.debug("nothing to write to", what=what, error=str(error))
+                return True
             self.metrics.writes.labels(what, "failed").inc()
             log.warning("write failed", what=what, error=str(error))
             return False
@@ -404,6 +439,9 @@ class Operator:
         prometheus = PrometheusStats(url) if url else None
         while True:
             self.health.beat("stats", now=self._clock())
+            if not self.health.synced or not self._publisher.asked:
+                await asyncio.sleep(min(HEARTBEAT_S, self.settings.stats_interval_s) / 5)
+                continue
             found = from_servers(self._publisher.counts())
             if prometheus is not None:
                 try:
@@ -484,6 +522,16 @@ class Operator:
             age = self.store.event_age(kind, now=now)
             if age is not None:
                 self.metrics.watch_age.labels(kind).set(age)
+
+
+def last_told(policies: Mapping[Key, Declared[RoutingPolicy]]) -> Mapping[Key, Performance]:
+    """Averages as statuses tell them, until the first ones of this run are there."""
+    statuses = {key: found.status or {} for key, found in policies.items()}
+    return {
+        key: Performance(status.get("averageQos"), status.get("violationRate"))
+        for key, status in statuses.items()
+        if {"averageQos", "violationRate"} & status.keys()
+    }
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ import kopf
 import structlog
 
 from pointsman_operator import main
+from pointsman_operator.cluster import Cluster, ClusterError, connect
+from pointsman_operator.observed import Kind
 from pointsman_operator.runtime import Memory
 from pointsman_operator.settings import OperatorSettings
 
@@ -30,8 +32,8 @@ class StartError(RuntimeError):
     """The start failed for a reason that trying again does not mend."""
 
 
-class SilentWatchError(RuntimeError):
-    """A connection is dead without either side knowing, or kopf has overlooked a CRD."""
+class StaleWatchesError(RuntimeError):
+    """The watches do not tell what they should: the text says why."""
 
 
 def run(settings: OperatorSettings) -> None:
@@ -56,18 +58,34 @@ async def operate(
         Exception: whatever ended the watches.
 
     """
-    silence, ending = asyncio.Event(), asyncio.Event()
+    try:
+        cluster = connect(settings.namespaces)
+    except ClusterError as error:
+        raise StartError(str(error)) from error
+    unwatched = await forbidden_kinds(cluster)
+    registry = kopf.OperatorRegistry()
+    main.register(registry, (kind for kind in main.WATCHED if kind not in unwatched))
+    why: list[str] = []
+    ending = asyncio.Event()
 
-    def on_silence() -> None:
-        silence.set()
-        ending.set()
+    def on_stale_watches(reason: str) -> None:
+        why.append(reason)
+        (stop_flag or ending).set()
 
-    # The cleanup sets `ending` too: kopf waits for whoever waits for its flag, for 5 s.
-    memo = kopf.Memo(settings=settings, memory=memory, on_silence=on_silence, ending=ending)
+    memo = kopf.Memo(
+        settings=settings,
+        memory=memory,
+        cluster=cluster,
+        unwatched=unwatched,
+        on_stale_watches=on_stale_watches,
+        # The cleanup sets it too: kopf waits for whoever waits for its flag, for 5 s.
+        ending=ending,
+    )
     try:
         await kopf.operator(
             clusterwide=not settings.namespaces,
             namespaces=settings.namespaces,
+            registry=registry,
             memo=memo,
             stop_flag=stop_flag or ending,
         )
@@ -78,8 +96,26 @@ async def operate(
     finally:
         if stop_flag is not None:
             stop_flag.set()  # kopf waits for it in a thread, which would keep the loop from closing
-    if silence.is_set():
-        raise SilentWatchError("a watch missed changes and said nothing")
+        await cluster.close()
+    if why:
+        raise StaleWatchesError(why[0])
+
+
+async def forbidden_kinds(cluster: Cluster) -> frozenset[Kind]:
+    """Kinds that the operator's role does not let it watch; one such watch would end kopf."""
+
+    async def forbidden(kind: Kind) -> bool:
+        try:
+            return not await cluster.may_watch(kind)
+        except ClusterError as error:
+            log.debug("not known whether it may be watched", kind=kind, error=str(error))
+            return False
+
+    answers = await asyncio.gather(*map(forbidden, main.WATCHED))
+    found = frozenset(kind for kind, no in zip(main.WATCHED, answers, strict=True) if no)
+    if found:
+        log.warning("not permitted to watch, the rest goes on", kinds=sorted(found))
+    return found
 
 
 def supervise(
@@ -101,6 +137,8 @@ def supervise(
             once()
         except StartError:
             raise
+        except StaleWatchesError as error:
+            log.warning("starting the watches again", reason=str(error))
         except Exception as error:
             log.exception("watches ended, starting again", error=str(error))
         else:

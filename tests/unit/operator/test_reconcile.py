@@ -245,6 +245,17 @@ def test_the_oldest_policy_answers_a_contested_name(api):
     assert "auto is answered by default/early" in api.message(outcome, "late", "Accepted")
 
 
+def test_who_is_not_valid_and_loses_its_name_is_told_once_what_is_wrong(api):
+    first = api.reconcile(api.observe(api.policy("b", models=["auto"])))
+    broken = api.observe(
+        api.policy("a", models=["auto"]), api.policy("b", models=[], meta={"generation": 2})
+    )
+    second = api.reconcile(broken, first.next)
+    assert [one.policy for one in second.snapshots] == ["a"]
+    assert api.conditions(second, "b")["Accepted"] == ("False", "InvalidSpec")
+    assert api.reconcile(broken, second.next).statuses == ()
+
+
 def test_of_the_same_age_the_first_by_name_wins_across_namespaces(api):
     outcome = api.reconcile(
         api.observe(

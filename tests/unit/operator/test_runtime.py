@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import aiohttp
 import pytest
+from structlog.testing import capture_logs
 
 from pointsman_operator import runtime, store
 from pointsman_operator.cluster import ClusterError, config_map
@@ -38,6 +39,9 @@ class FakeCluster:
         if kind in self.forbidden:
             raise ClusterError("forbidden", status=403)
         return None if kind in self.missing else list(self.objects[kind].values())
+
+    async def may_watch(self, kind):
+        return kind not in self.forbidden
 
     async def write_snapshot(self, write):
         self._check("snapshot", write.snapshot)
@@ -120,13 +124,14 @@ class Rig:
         self.operator = None
 
     @contextlib.asynccontextmanager
-    async def running(self, *, on_silence=None, **settings):
+    async def running(self, *, unwatched=(), on_stale_watches=None, **settings):
         self.operator = Operator(
             replace(SETTINGS, **settings),
             self.cluster,
             memory=self.memory,
             connect=self.servers.connect,
-            on_silence=on_silence,
+            unwatched=unwatched,
+            on_stale_watches=on_stale_watches,
         )
         await self.operator.start()
         try:
@@ -266,13 +271,57 @@ async def test_without_experts_and_policies_nothing_is_known(api, rig):
 
 async def test_a_watch_that_misses_changes_and_says_nothing_is_told_of(api, rig, monkeypatch):
     monkeypatch.setattr(store, "GRACE_S", 0.1)
-    silence = asyncio.Event()
+    told = asyncio.Queue()
     rig.cluster.put(api.policy(), api.expert())
-    async with rig.running(resync_interval_s=0.05, on_silence=silence.set):
+    async with rig.running(resync_interval_s=0.05, on_stale_watches=told.put_nowait):
         await rig.until(lambda: len(rig.servers.sets) == 1)
         rig.cluster.put(api.expert(addresses=["10.0.0.7:8000"], meta={"generation": 2}))
         async with asyncio.timeout(20):
-            await silence.wait()
+            assert "LLMExpert" in await told.get()
+
+
+async def test_what_may_not_be_watched_is_listed_and_watched_once_it_may(api, rig):
+    told = asyncio.Queue()
+    pods = {"podSelector": {"matchLabels": {"app": "llm"}, "port": 8000}}
+    rig.cluster.put(api.policy(), api.expert(**pods))
+    rig.cluster.forbidden = {Kind.POD}
+    async with rig.running(
+        resync_interval_s=0.05, unwatched=[Kind.POD], on_stale_watches=told.put_nowait
+    ):
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == "NotPermitted")
+        await lists(rig, 2)
+        assert told.empty()
+        rig.cluster.forbidden = set()
+        async with asyncio.timeout(20):
+            assert await told.get() == "Pod may be watched now"
+
+
+async def test_a_namespace_that_ends_is_no_failure(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    ending = ClusterError("being terminated", status=403, cause="NamespaceTerminating")
+    rig.cluster.post_event = raising(ending, rig.cluster)
+    rig.cluster.write_snapshot = raising(ending, rig.cluster)
+    with capture_logs() as logs:
+        async with rig.running(resync_interval_s=0.05):
+            await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+            await lists(rig, 2)
+            page = (await rig.get("/metrics"))[1]
+    assert [one for one in logs if one["log_level"] in ("warning", "error")] == []
+    assert 'writes_total{result="gone",what="configmap"}' in page
+    assert 'writes_total{result="gone",what="event"}' in page
+    assert 'result="failed",what="configmap"' not in page
+
+
+async def test_averages_of_a_status_outlive_a_restart(api, rig):
+    rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
+    rig.servers.counts = {AUTO: PolicyCounts(4, 1, 2.0)}
+    async with rig.running():
+        await rig.until(lambda: rig.status("auto").get("averageQos") == 0.5)
+        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+    rig.memory, rig.cluster.log = Memory(), []
+    async with rig.running(resync_interval_s=0.05, status_poll_interval_s=3600.0):
+        await lists(rig, 4)
+        assert rig.cluster.writes() == []
 
 
 async def test_a_broken_policy_keeps_its_snapshot_over_a_restart(api, rig):
@@ -323,7 +372,7 @@ async def test_an_object_that_is_gone_is_not_written_again_and_again(api, rig):
 
 
 def raising(error, cluster):
-    async def write(what):
+    async def write(what, *_):
         cluster.log.append(("status", what))
         cluster.changed.set()
         raise error
