@@ -68,6 +68,7 @@ class Reason(StrEnum):
     NO_POLICY_SERVERS = "NoPolicyServers"
     SERVING = "Serving"
     DEGRADED = "Degraded"
+    SNAPSHOT_TOO_LARGE = "SnapshotTooLarge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,11 @@ MEANINGS: Final = (
         Type.READY,
         (TRUE, Reason.SERVING, "requests are routed"),
         (TRUE, Reason.DEGRADED, "requests are routed, but not all experts could be resolved"),
+        (
+            TRUE,
+            Reason.SNAPSHOT_TOO_LARGE,
+            "requests are routed, but the snapshot does not fit a ConfigMap",
+        ),
         (FALSE, Reason.INVALID_SPEC, "not accepted; the last good snapshot stays in force"),
         (FALSE, Reason.UNKNOWN_ALGORITHM, "not accepted; the last good snapshot stays in force"),
         (FALSE, Reason.MODEL_NAME_CONFLICT, "not accepted; nothing of it is in force"),
@@ -250,6 +256,10 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 
 
+_ALARMING: Final = frozenset({Reason.SNAPSHOT_TOO_LARGE})
+"""Worth a warning though the condition stays true."""
+
+
 def transitions(
     before: Mapping[str, JsonObject], after: Iterable[JsonObject]
 ) -> tuple[Transition, ...]:
@@ -262,12 +272,16 @@ def transitions(
     for condition in after:
         kind, status = condition["type"], condition["status"]
         old = before.get(kind)
-        if status == UNKNOWN or (old is not None and old["status"] == status):
+        alarming = condition["reason"] in _ALARMING
+        known = old is not None and old["status"] == status
+        if alarming and old is not None:
+            known = known and old.get("reason") == condition["reason"]
+        if status == UNKNOWN or known:
             continue
         if old is None and not _news_at_first_sight(kind, status):
             continue
         message = f"{kind}: {condition['message']}"
-        event = Transition(status == FALSE, condition["reason"], shorten(message))
+        event = Transition(status == FALSE or alarming, condition["reason"], shorten(message))
         found.setdefault((status, condition["reason"]), event)
     return tuple(found.values())
 

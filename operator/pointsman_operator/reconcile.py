@@ -7,7 +7,7 @@ broken now, and what was written already, so that nothing is written twice.
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 
@@ -45,6 +45,8 @@ from pointsman_operator.observed import (
     ServerState,
 )
 
+MAX_STORED_BYTES: Final = 1024 * 1024
+"""What the API server lets a ConfigMap hold."""
 _SHOWN: Final = 3
 """Items that a message lists."""
 
@@ -140,6 +142,7 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
         SnapshotWrite(p.meta.key, p.meta.uid, p.snapshot)
         for p in policies
         if p.snapshot is not None
+        and p.storable
         and previous.stored.get(p.meta.key) != StoredSnapshot(p.snapshot.version, p.meta.uid)
     )
     served = {Key(s.namespace, c.expert) for s in snapshots.values() for c in s.candidates}
@@ -166,9 +169,11 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
             policies={p.meta.key: p.accepted for p in policies if p.accepted is not None},
             statuses=_next_statuses(previous, statuses, experts, policies),
             stored={
-                key: StoredSnapshot(snapshots[key].version, p.meta.uid)
+                key: StoredSnapshot(p.snapshot.version, p.meta.uid)
+                if p.storable
+                else previous.stored[key]
                 for p in policies
-                if (key := p.meta.key) in snapshots
+                if p.snapshot is not None and ((key := p.meta.key) in previous.stored or p.storable)
             },
         ),
     )
@@ -340,10 +345,17 @@ class _Policy:
     accepted: Accepted[RoutingPolicy] | None = None
     snapshot: Snapshot | None = None
     selected: tuple[_Expert, ...] = ()
+    storable: bool = True
+    """A ConfigMap can hold the snapshot."""
 
     @property
     def meta(self) -> Meta:
         return self.found.meta
+
+
+def stored_bytes(snapshot: Snapshot) -> int:
+    """Size of a snapshot in a ConfigMap."""
+    return len(snapshot.model_dump_json().encode())
 
 
 def _view_policies(
@@ -360,6 +372,7 @@ def _view_policies(
         view = _view_policy(found, previous, experts, taken)
         if view.snapshot is not None:
             taken |= dict.fromkeys(view.snapshot.models, view.meta.key)
+            view = replace(view, storable=stored_bytes(view.snapshot) <= MAX_STORED_BYTES)
         views.append(view)
     return sorted(views, key=lambda view: view.meta.key)
 
@@ -534,6 +547,10 @@ def _policy_ready(policy: _Policy, refs: Finding, programmed: Finding) -> Findin
     if programmed.status != TRUE:
         return Finding(Type.READY, programmed.status, programmed.reason, programmed.message)
     text = f"{len({one.expert for one in candidates})} experts, {len(candidates)} endpoints"
+    if not policy.storable:
+        text += f"; the snapshot, over {MAX_STORED_BYTES} bytes, is too large for its ConfigMap: "
+        text += "a policy server that starts while the operator is away lacks it"
+        return Finding(Type.READY, TRUE, Reason.SNAPSHOT_TOO_LARGE, text)
     if refs.status != TRUE:
         return Finding(Type.READY, TRUE, Reason.DEGRADED, f"{text}; {refs.message}")
     return Finding(Type.READY, TRUE, Reason.SERVING, text)

@@ -49,6 +49,7 @@ from pointsman_operator.reconcile import (
     StatusWrite,
     StoredSnapshot,
     reconcile,
+    stored_bytes,
 )
 from pointsman_operator.settings import OperatorSettings
 from pointsman_operator.stats import PrometheusStats, filled, from_servers
@@ -289,7 +290,7 @@ class Operator:
             experts=outcome.next.experts,
             policies=outcome.next.policies,
         )
-        self._show_ages(outcome)
+        self._show_snapshots(outcome)
         if self._prober is not None:
             self._prober.set_addresses(outcome.addresses)
         if self._publisher.publish(outcome.snapshots):
@@ -339,10 +340,14 @@ class Operator:
             servers |= Resolver(observed).service_endpoints(ref.service, port)
         return servers
 
-    def _show_ages(self, outcome: Outcome) -> None:
+    def _show_snapshots(self, outcome: Outcome) -> None:
         now = self._clock()
-        versions = {(Key(s.namespace, s.policy), s.version) for s in outcome.snapshots}
-        self._snapshot_times = {one: self._snapshot_times.get(one, now) for one in versions}
+        before, self._snapshot_times = self._snapshot_times, {}
+        self.metrics.snapshot_bytes.clear()
+        for one in outcome.snapshots:
+            key = Key(one.namespace, one.policy)
+            self._snapshot_times[key, one.version] = before.get((key, one.version), now)
+            self.metrics.snapshot_bytes.labels(str(key)).set(stored_bytes(one))
 
     # --- writes ------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """What is in force and what every status says, for one state of the cluster after another."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -465,6 +466,41 @@ def test_a_policy_serves_although_some_expert_is_broken(api):
     outcome = api.reconcile(seen, first.next)
     assert api.conditions(outcome, "auto")["Ready"] == ("True", "Degraded")
     assert "bad (ServiceNotFound)" in api.message(outcome, "auto", "Ready")
+
+
+def test_a_snapshot_that_fits_no_config_map_is_served_and_told_of_once(api, monkeypatch):
+    seen = api.observe(api.policy(), api.expert())
+    small = api.reconcile(seen)
+    (snapshot,) = small.snapshots
+    served = replace(seen, servers={"s": api.acknowledging(small)})
+    serving = api.reconcile(served, small.next)
+    assert api.conditions(serving, "auto")["Ready"] == ("True", "Serving")
+
+    monkeypatch.setattr(module, "MAX_STORED_BYTES", module.stored_bytes(snapshot) - 1)
+    large = api.reconcile(served, replace(serving.next, stored={}))
+    assert large.snapshots == small.snapshots
+    assert (large.config_maps, large.stale_config_maps) == ((), ())
+    (write,) = large.statuses
+    assert api.conditions(large, "auto")["Ready"] == ("True", "SnapshotTooLarge")
+    assert "too large for its ConfigMap" in api.message(large, "auto", "Ready")
+    assert [(one.warning, one.reason) for one in write.events] == [(True, "SnapshotTooLarge")]
+    again = api.reconcile(served, large.next)
+    assert (again.statuses, again.config_maps) == ((), ())
+
+    monkeypatch.setattr(module, "MAX_STORED_BYTES", module.stored_bytes(snapshot))
+    fits = api.reconcile(served, large.next)
+    assert [one.snapshot for one in fits.config_maps] == [snapshot]
+    assert api.conditions(fits, "auto")["Ready"] == ("True", "Serving")
+
+
+def test_of_a_snapshot_that_grew_too_large_the_last_stored_one_stays(api, monkeypatch):
+    first = api.reconcile(api.observe(api.policy(), api.expert()))
+    monkeypatch.setattr(module, "MAX_STORED_BYTES", module.stored_bytes(first.snapshots[0]))
+    grown = api.observe(api.policy(), api.expert(), api.expert("chat"))
+    second = api.reconcile(grown, first.next)
+    assert second.snapshots != first.snapshots
+    assert (second.config_maps, second.stale_config_maps) == ((), ())
+    assert second.next.stored == first.next.stored
 
 
 def test_an_old_generation_is_not_programmed(api):
