@@ -214,7 +214,7 @@ class Observed:
     pools: _Table[Key, Pool] = field(default_factory=_empty)
     pools_installed: bool = True
     unreadable: frozenset[Kind] = frozenset()
-    """Kinds that the operator was never allowed to list."""
+    """Kinds that the operator may not list."""
     servers: _Table[str, ServerState] = field(default_factory=_empty)
     probes: _Table[str, Probe] = field(default_factory=_empty)
     performance: _Table[Key, Performance] = field(default_factory=_empty)

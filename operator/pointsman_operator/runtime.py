@@ -107,6 +107,8 @@ class Operator:
         self._clock = clock
         self._unwatched = frozenset(unwatched)
         """Kinds that the role did not let anybody watch when the watches began."""
+        self._forbidden: frozenset[Kind] = frozenset()
+        """Kinds that could not be listed the last time, for want of a right."""
         self._on_stale_watches = on_stale_watches
         """Called with the reason when the watches should begin anew."""
         self._changed = asyncio.Event()
@@ -193,6 +195,9 @@ class Operator:
         self.health.listed({kind: self.store.events(kind) for kind in watched}, missed)
         for kind in watched:
             self.metrics.resync_corrections.labels(kind).inc(missed[kind])
+        forbidden = frozenset(k for k, one in listed.items() if isinstance(one, ClusterError))
+        changed.append(forbidden != self._forbidden)
+        self._forbidden = forbidden
         self._take_config_maps()
         if not self.health.synced:
             self._performance = last_told(self.store.objects(Kind.POLICY))
@@ -211,6 +216,9 @@ class Operator:
         for kind in sorted(self._unwatched):
             if await self._cluster.may_watch(kind):
                 return f"{kind} may be watched now"
+        for kind in sorted(self._forbidden - self._unwatched - {Kind.CONFIG_MAP}):
+            if not await self._cluster.may_watch(kind):
+                return f"{kind} may not be watched any more"
         return ""
 
     async def _list(self, kind: Kind) -> Sequence[JsonObject] | ClusterError | None:
@@ -307,7 +315,7 @@ class Operator:
             pods=objects(Kind.POD),
             pools=objects(Kind.POOL),
             pools_installed=self.store.installed(Kind.POOL),
-            unreadable=frozenset(kind for kind in Kind if not self.store.listed(kind)),
+            unreadable=self._forbidden,
             servers=self._publisher.states(),
             probes={} if self._prober is None else self._prober.results(),
             performance=self._performance,

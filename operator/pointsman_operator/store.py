@@ -43,10 +43,6 @@ class Store:
         """Whether the API server knows the kind."""
         return self._tables[kind].installed
 
-    def listed(self, kind: Kind) -> bool:
-        """Whether the kind was listed in full at least once."""
-        return self._tables[kind].listed
-
     def events(self, kind: Kind) -> int:
         """Watch events of the kind so far."""
         return self._tables[kind].events

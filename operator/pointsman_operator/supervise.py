@@ -102,7 +102,7 @@ async def operate(
 
 
 async def forbidden_kinds(cluster: Cluster) -> frozenset[Kind]:
-    """Kinds that the operator's role does not let it watch; one such watch would end kopf."""
+    """Kinds that the operator's role does not let it watch; kopf would ask every 2 s for ever."""
 
     async def forbidden(kind: Kind) -> bool:
         try:

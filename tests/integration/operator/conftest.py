@@ -15,7 +15,7 @@ import ssl
 import sys
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -584,21 +584,42 @@ class Site:
     ) -> OperatorProcess:
         """One operator, by default with its first full list done."""
         port = free_port()
-        config = self._through_proxy() if proxied else self.kubeconfig
-        child = await self.processes.start(
-            "operator",
+        return await self._start_operator(
             [
-                *(str(shutil.which("env")), f"KUBECONFIG={config}"),
                 *(*POINTSMAN, "operator", "--http-address", f"127.0.0.1:{port}"),
                 *(f"--policy-server-address={server.address}" for server in self.servers),
                 *(f"--resync-interval={resync_s}", *flags),
             ],
+            {"KUBECONFIG": str(self._through_proxy() if proxied else self.kubeconfig)},
+            port=port,
+            path="readyz" if synced else "healthz",
+        )
+
+    async def start_kopf(self, *flags: str) -> OperatorProcess:
+        """One operator as kopf's own command starts it."""
+        port = free_port()
+        return await self._start_operator(
+            [sys.executable, "-m", "kopf", "run", "-m", "pointsman_operator.main", *flags],
+            {
+                "KUBECONFIG": str(self.kubeconfig),
+                "POINTSMAN_HTTP_ADDRESS": f"127.0.0.1:{port}",
+                "POINTSMAN_POLICY_SERVER_ADDRESS": " ".join(one.address for one in self.servers),
+            },
+            port=port,
+            path="readyz",
+        )
+
+    async def _start_operator(
+        self, command: Sequence[str], environment: Mapping[str, str], *, port: int, path: str
+    ) -> OperatorProcess:
+        variables = (f"{name}={value}" for name, value in environment.items())
+        child = await self.processes.start(
+            "operator",
+            [str(shutil.which("env")), *variables, *command],
             log_path=self.folder / f"operator-{uuid.uuid4().hex[:4]}.log",
         )
-        operator = OperatorProcess(self, child, port)
-        path = "readyz" if synced else "healthz"
         await wait_for_http(self.session, child, f"http://127.0.0.1:{port}/{path}")
-        return operator
+        return OperatorProcess(self, child, port)
 
     def _through_proxy(self) -> Path:
         document = yaml.safe_load(self.kubeconfig.read_text())

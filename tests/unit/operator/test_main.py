@@ -168,8 +168,9 @@ async def test_a_crd_that_comes_later_is_watched(api_server, operating):
         assert api_server.watches[Kind.EXPERT]
 
 
-async def test_a_kind_that_may_not_be_watched_ends_nothing(api, api_server, operating):
-    """A watch that is refused would end kopf, again and again."""
+async def test_a_kind_that_may_not_be_watched_is_left_alone_until_it_may(
+    api, api_server, operating
+):
     forbidden = {"pods"}
     api_server.reviews = lambda asked: asked["resource"] not in forbidden
 

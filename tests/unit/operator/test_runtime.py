@@ -296,6 +296,19 @@ async def test_what_may_not_be_watched_is_listed_and_watched_once_it_may(api, ri
             assert await told.get() == "Pod may be watched now"
 
 
+async def test_a_right_that_is_taken_away_is_told_of(api, rig):
+    told = asyncio.Queue()
+    pods = {"podSelector": {"matchLabels": {"app": "llm"}, "port": 8000}}
+    rig.cluster.put(api.policy(), api.expert(**pods), api.pod(ip="127.0.0.1"))
+    async with rig.running(resync_interval_s=0.05, on_stale_watches=told.put_nowait):
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == "NoneAnswers")
+        rig.cluster.forbidden = {Kind.POD, Kind.CONFIG_MAP}
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == "NotPermitted")
+        async with asyncio.timeout(20):
+            assert await told.get() == "Pod may not be watched any more"
+    assert len(rig.servers.sets) == 1
+
+
 async def test_a_namespace_that_ends_is_no_failure(api, rig):
     rig.cluster.put(api.policy(), api.expert())
     ending = ClusterError("being terminated", status=403, cause="NamespaceTerminating")
