@@ -507,28 +507,45 @@ class Place:
     async def patch(self, kind: str, name: str, body: object, *, sub: str = "") -> Json:
         return await self.api.call("PATCH", self.path(kind, name) + sub, body)
 
-    async def until_expert(self, name: str, **wanted: str) -> Json:
-        """Wait for conditions, such as ``Ready="True"`` or ``Ready="False/NoEndpoints"``."""
-        return await self._until_conditions("llmexperts", name, wanted)
+    async def until_expert(
+        self, name: str, *, endpoints: tuple[int, int] | None = None, **wanted: str
+    ) -> Json:
+        """Wait for conditions, such as ``Ready="True"`` or ``Ready="False/NoEndpoints"``.
 
-    async def until_policy(self, name: str = "auto", **wanted: str) -> Json:
-        """As `until_expert`."""
-        return await self._until_conditions("routingpolicies", name, wanted)
+        ``endpoints`` is how many are ready, of how many: conditions may hold before it does.
+        """
+        fields = {}
+        if endpoints is not None:
+            fields["endpoints"] = dict(zip(("ready", "total"), endpoints, strict=True))
+        return await self._until_status("llmexperts", name, wanted, fields)
 
-    async def _until_conditions(self, kind: str, name: str, wanted: Mapping[str, str]) -> Json:
+    async def until_policy(
+        self, name: str = "auto", *, experts: int | None = None, **wanted: str
+    ) -> Json:
+        """As `until_expert`; ``experts`` is how many it has."""
+        fields = {} if experts is None else {"experts": experts}
+        return await self._until_status("routingpolicies", name, wanted, fields)
+
+    async def _until_status(
+        self, kind: str, name: str, wanted: Mapping[str, str], fields: Json
+    ) -> Json:
         def holds(found: Json) -> bool:
             shown = summary(found)
             generation = found.get("metadata", {}).get("generation")
-            return all(
-                wish == text or wish == text.partition("/")[0]
-                for type_, wish in wanted.items()
-                for text in [shown.get(type_, "")]
-            ) and all(
-                one["observedGeneration"] == generation
-                for one in found.get("status", {}).get("conditions", [])
+            return (
+                fields.items() <= found.get("status", {}).items()
+                and all(
+                    wish == text or wish == text.partition("/")[0]
+                    for type_, wish in wanted.items()
+                    for text in [shown.get(type_, "")]
+                )
+                and all(
+                    one["observedGeneration"] == generation
+                    for one in found.get("status", {}).get("conditions", [])
+                )
             )
 
-        return await until(f"{name} {wanted}", lambda: self.get(kind, name), holds)
+        return await until(f"{name} {wanted} {fields}", lambda: self.get(kind, name), holds)
 
     # requests
 
