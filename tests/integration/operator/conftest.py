@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import aiohttp
 import grpc
@@ -33,13 +33,17 @@ from pointsman_cli.demo.processes import Child, Children, children, wait_for_htt
 from pointsman_proto.v1 import pointsman_pb2 as pb
 from pointsman_proto.v1.pointsman_pb2_grpc import PolicyServiceStub, SnapshotServiceStub
 
+if TYPE_CHECKING:
+    from kubernetes.client import ApiClient
+
 REPOSITORY = Path(__file__).parents[3]
 RBAC = REPOSITORY / "operator" / "manifests" / "rbac.yaml"
 POINTSMAN = (sys.executable, "-m", "pointsman_cli.main")
 API_VERSION = "pointsman.dev/v1alpha1"
-PATIENCE_S = 60.0
+PATIENCE_S = 90.0
 POLL_S = 0.05
 OWN_KINDS = "llmexperts.pointsman.dev,routingpolicies.pointsman.dev"
+PLURALS = {"llmexpert": "llmexperts", "routingpolicy": "routingpolicies"}
 COLLECTIONS = (
     f"/apis/{API_VERSION}/llmexperts",
     f"/apis/{API_VERSION}/routingpolicies",
@@ -545,6 +549,8 @@ class Site:
     processes: Children
     session: aiohttp.ClientSession
     proxy: ApiProxy
+    client: "ApiClient"
+    """Of the administrator."""
     servers: list[PolicyServer] = field(default_factory=list)
 
     # Tests cannot import from here.
@@ -651,10 +657,33 @@ class Site:
         flags = ("--server-side", "--force-conflicts", "--subresource=status")
         await self.kubectl("apply", *flags, "-f", "-", stdin=text)
 
+    async def call(self, method: str, kind: str, name: str = "", body: object = None) -> Any:
+        """One request as the administrator; takes far less time than a kubectl."""
+        while True:
+            status, data = await asyncio.to_thread(self._call, method, kind, name, body)
+            if status < 300:
+                return json.loads(data)
+            # After its start the API server asks for patience: it has not found its CRDs yet.
+            assert status == 503, f"{method} {kind} {name}: {status}: {data!r}"
+            await asyncio.sleep(POLL_S)
+
+    def _call(self, method: str, kind: str, name: str, body: object) -> tuple[int, bytes]:
+        root = f"/apis/{API_VERSION}" if kind in PLURALS.values() else "/api/v1"
+        query = [("labelSelector", "pointsman.dev/snapshot=true")] if kind == "configmaps" else []
+        response = self.client.call_api(
+            *self.client.param_serialize(
+                method,
+                f"{root}/namespaces/{self.namespace}/{kind}/{name}".rstrip("/"),
+                query_params=query,
+                header_params={"Content-Type": "application/merge-patch+json"},
+                body=body,
+            )
+        )
+        return response.status, response.read()
+
     async def patch(self, kind: str, name: str, spec: Mapping[str, Any]) -> None:
         """Change parts of a spec."""
-        text = json.dumps({"spec": spec})
-        await self.kubectl("patch", kind, name, "--type=merge", f"--patch={text}")
+        await self.call("PATCH", PLURALS[kind], name, {"spec": spec})
 
     async def limit(self, milliseconds: int, policy: str = "auto") -> None:
         """Change the limit of a policy: the smallest change that has a new generation."""
@@ -662,9 +691,9 @@ class Site:
 
     async def condition(self, kind: str, name: str, type_: str) -> Mapping[str, Any]:
         """One condition; empty if it is not there."""
-        status = (await self.get(kind, name)).get("status", {})
-        found = [one for one in status.get("conditions", ()) if one["type"] == type_]
-        return found[0] if found else {}
+        found = await self.call("GET", PLURALS[kind], name)
+        status = found.get("status", {})
+        return next((c for c in status.get("conditions", ()) if c["type"] == type_), {})
 
     # A scene in which each kind has something to lose.
 
@@ -715,7 +744,7 @@ class Site:
             await eventually(lambda name=name: self.programmed(name), equals=("True", generation))
 
     async def _stored_versions(self) -> dict[str, str]:
-        maps = await self.get("configmaps", "--selector=pointsman.dev/snapshot=true")
+        maps = await self.call("GET", "configmaps")
         contents = [json.loads(one["data"]["snapshot.json"]) for one in maps["items"]]
         return {one["policy"]: one["version"] for one in contents}
 
@@ -752,11 +781,13 @@ async def site(plane: ControlPlane, account: Path, tmp_path: Path) -> AsyncItera
     name = f"test-{uuid.uuid4().hex[:8]}"
     await asyncio.to_thread(plane.kubectl, "create", "namespace", name)
     async with (
+        contextlib.AsyncExitStack() as stack,
         children() as processes,
         aiohttp.ClientSession() as session,
         ApiProxy(plane.url, plane.authority.path).running() as proxy,
     ):
-        site = Site(plane, name, tmp_path, account, processes, session, proxy)
+        client = stack.enter_context(plane.api_client())
+        site = Site(plane, name, tmp_path, account, processes, session, proxy, client)
         await site.start_server()
         yield site
     await _mend(plane)

@@ -1,11 +1,18 @@
 """A large site: that it comes to rest, and what that costs."""
 
 import asyncio
+import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+from pointsman_core.resources import ObjectMeta, RoutingPolicy, RoutingPolicySpec
+from pointsman_core.snapshot import compile_snapshot
+from pointsman_operator.cluster import config_map
+from pointsman_operator.observed import Key
+from pointsman_operator.reconcile import MAX_STORED_BYTES, SnapshotWrite, stored_bytes
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -121,6 +128,25 @@ async def test_a_large_site_comes_to_rest(large, record_property):
         record_property(name, value)
     assert {verb for verb, _ in at_rest} <= {"list", "watch"}
     assert at_rest.total() <= 20
+
+
+async def test_what_is_kept_from_the_api_server_is_what_it_would_refuse(site):
+    spec = RoutingPolicySpec(models=["auto"])
+    metadata = ObjectMeta(name="auto", namespace=site.namespace)
+    empty = compile_snapshot(RoutingPolicy(metadata=metadata, spec=spec), (), {})
+    room = MAX_STORED_BYTES - stored_bytes(empty)
+    largest = empty.model_copy(update={"models": ("auto" + "o" * room,)})
+    larger = empty.model_copy(update={"models": ("auto" + "o" * (room + 1),)})
+    assert (stored_bytes(largest), stored_bytes(larger)) == (MAX_STORED_BYTES, MAX_STORED_BYTES + 1)
+
+    def apply(snapshot):
+        body = config_map(SnapshotWrite(Key(site.namespace, "auto"), "uid", snapshot))
+        arguments = ("apply", "--server-side", "-f", "-")
+        return site.plane.kubectl(*arguments, stdin=json.dumps(body), check=False)
+
+    assert (await asyncio.to_thread(apply, largest)).returncode == 0
+    refused = await asyncio.to_thread(apply, larger)
+    assert "Too long" in refused.stderr
 
 
 def show(requests):
