@@ -82,6 +82,9 @@ class FakeServers:
         self.publishers = []
         self.changed = asyncio.Event()
         self.counts = {}
+        self.open = asyncio.Event()
+        """They answer to sets."""
+        self.open.set()
 
     def connect(self, address):
         return FakeServer(self, address)
@@ -93,6 +96,7 @@ class FakeServer:
         self._applied = {}
 
     async def publish(self, publisher, what):
+        await self._owner.open.wait()
         self._owner.publishers.append(publisher)
         self._applied = what.applied
         self._owner.sets.append((self._address, what))
@@ -237,6 +241,23 @@ async def test_a_restart_writes_nothing_and_sends_the_same(api, rig):
         await lists(rig, 4)
         assert rig.servers.sets[-1][1].applied == first.applied
         # Not even that nobody was asked yet.
+        assert rig.cluster.writes() == []
+
+
+async def test_after_a_restart_a_slow_policy_server_is_waited_for(api, rig, monkeypatch):
+    """Else each policy would be told of as Pending, and once more as Acknowledged."""
+    monkeypatch.setattr(runtime, "SETTLE_S", 0.001)
+    rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
+    async with rig.running():
+        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+    rig.memory, rig.cluster.log = Memory(), []
+    rig.servers.open.clear()
+    async with rig.running(resync_interval_s=0.05):
+        await lists(rig, 4)
+        rig.servers.open.set()
+        await rig.until(lambda: len(rig.servers.sets) == 2)
+        await lists(rig, 4)
         assert rig.cluster.writes() == []
 
 
