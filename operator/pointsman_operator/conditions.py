@@ -97,6 +97,8 @@ _UNRESOLVED: Final = (
     (FALSE, Reason.POOL_NOT_INSTALLED, "the cluster has no InferencePool v1 CRD"),
 )
 
+_HELD: Final = "not accepted; the last good snapshot, if there is one, stays in force"
+
 MEANINGS: Final = (
     *_meanings(
         EXPERT,
@@ -130,7 +132,7 @@ MEANINGS: Final = (
         (TRUE, Reason.ACCEPTED, "the spec is valid and its model names are free"),
         (FALSE, Reason.INVALID_SPEC, "the spec is not valid for this version of the operator"),
         (FALSE, Reason.UNKNOWN_ALGORITHM, "this version of the operator lacks the algorithm"),
-        (FALSE, Reason.MODEL_NAME_CONFLICT, "an older policy answers one of the model names"),
+        (FALSE, Reason.MODEL_NAME_CONFLICT, "another policy answers one of the model names"),
     ),
     *_meanings(
         POLICY,
@@ -161,9 +163,9 @@ MEANINGS: Final = (
         Type.READY,
         (TRUE, Reason.SERVING, "requests are routed"),
         (TRUE, Reason.DEGRADED, "requests are routed, but not all experts could be resolved"),
-        (FALSE, Reason.INVALID_SPEC, "not accepted; the last good snapshot stays in force"),
-        (FALSE, Reason.UNKNOWN_ALGORITHM, "not accepted; the last good snapshot stays in force"),
-        (FALSE, Reason.MODEL_NAME_CONFLICT, "not accepted; nothing of it is in force"),
+        (FALSE, Reason.INVALID_SPEC, _HELD),
+        (FALSE, Reason.UNKNOWN_ALGORITHM, _HELD),
+        (FALSE, Reason.MODEL_NAME_CONFLICT, _HELD),
         (FALSE, Reason.NO_EXPERTS, "the selector finds no expert"),
         (FALSE, Reason.NO_READY_ENDPOINTS, "no expert has a ready endpoint"),
         (UNKNOWN, Reason.PENDING, "it is being sent to the policy servers"),

@@ -33,6 +33,7 @@ from pointsman_operator.conditions import (
     transitions,
 )
 from pointsman_operator.endpoints import Resolution, Resolver
+from pointsman_operator.names import Claim, Names, settle
 from pointsman_operator.observed import (
     Declared,
     JsonObject,
@@ -345,58 +346,80 @@ class _Policy:
 def _view_policies(
     observed: Observed, previous: Previous, experts: Mapping[Key, _Expert]
 ) -> list[_Policy]:
-    """All policies; of those that answer the same model the oldest gets it, then by name."""
+    """All policies, by namespace and name."""
+    in_force = {
+        key: snapshot
+        for key, found in observed.policies.items()
+        if not found.meta.deleting and (snapshot := _last_snapshot(found, previous)) is not None
+    }
     by_age = sorted(
         (found for found in observed.policies.values() if not found.meta.deleting),
-        key=lambda found: (found.meta.created, found.meta.key),
+        key=lambda found: (not _was_accepted(found, previous), found.meta.created, found.meta.key),
     )
-    taken: dict[str, Key] = {}
-    views = []
-    for found in by_age:
-        view = _view_policy(found, previous, experts, taken)
-        if view.snapshot is not None:
-            taken |= dict.fromkeys(view.snapshot.models, view.meta.key)
-        views.append(view)
-    return sorted(views, key=lambda view: view.meta.key)
+    names = settle([_claim(found, in_force.get(found.meta.key)) for found in by_age])
+    return [
+        _view_policy(found, names, previous.policies.get(key), in_force.get(key), experts)
+        for key, found in sorted(((one.meta.key, one) for one in by_age), key=lambda one: one[0])
+    ]
+
+
+def _claim(found: Declared[RoutingPolicy], in_force: Snapshot | None) -> Claim:
+    return Claim(
+        found.meta.key,
+        in_force=() if in_force is None else in_force.models,
+        wanted=None if found.resource is None else tuple(found.resource.spec.models),
+    )
 
 
 def _view_policy(
     found: Declared[RoutingPolicy],
-    previous: Previous,
+    names: Names,
+    last: Accepted[RoutingPolicy] | None,
+    in_force: Snapshot | None,
     experts: Mapping[Key, _Expert],
-    taken: Mapping[str, Key],
 ) -> _Policy:
-    key, uid = found.meta.key, found.meta.uid
-    last_snapshot = _last_snapshot(key, uid, previous)
-    if found.resource is not None:
-        accepted: Accepted[RoutingPolicy] | None = Accepted(uid, found.resource)
-        verdict = Finding(Type.ACCEPTED, TRUE, Reason.ACCEPTED, _accepted_text(found))
-    else:
-        last = previous.policies.get(key)
-        accepted = last if last is not None and last.uid == uid else None
+    key, verdict = found.meta.key, _verdict(found, names)
+    if found.resource is not None and key in names.granted:
+        last = Accepted(found.meta.uid, found.resource)
+    elif key not in names.kept:
+        return _Policy(found, verdict)
+    if last is None:
+        return _Policy(found, verdict, None, in_force)  # all that is known since a restart
+    selected = tuple(one for one in experts.values() if _selects(last.resource, one.meta))
+    return _Policy(found, verdict, last, _compile(last.resource, selected, in_force), selected)
+
+
+def _verdict(found: Declared[RoutingPolicy], names: Names) -> Finding:
+    if found.resource is None:
         reason = Reason.UNKNOWN_ALGORITHM if found.unknown_algorithm else Reason.INVALID_SPEC
-        verdict = Finding(Type.ACCEPTED, FALSE, reason, _listed(found.problems))
-    if accepted is not None:
-        models: Iterable[str] = accepted.resource.spec.models
-    else:
-        models = () if last_snapshot is None else last_snapshot.models
-    conflicts = [f"{model} is answered by {taken[model]}" for model in models if model in taken]
-    if conflicts:
-        text = f"{_listed(conflicts)}, which is older: use another name in spec.models"
-        return _Policy(found, Finding(Type.ACCEPTED, FALSE, Reason.MODEL_NAME_CONFLICT, text))
-    if accepted is None:
-        return _Policy(found, verdict, None, last_snapshot)
-    selected = tuple(one for one in experts.values() if _selects(accepted.resource, one.meta))
-    snapshot = _compile(accepted.resource, selected, last_snapshot)
-    return _Policy(found, verdict, accepted, snapshot, selected)
+        return Finding(Type.ACCEPTED, FALSE, reason, _listed(found.problems))
+    if found.meta.key in names.granted:
+        return Finding(Type.ACCEPTED, TRUE, Reason.ACCEPTED, _accepted_text(found))
+    conflicts = [
+        f"{name} is answered by {owner}"
+        for name in found.resource.spec.models
+        if (owner := names.owners.get(name, found.meta.key)) != found.meta.key
+    ]
+    text = f"{_listed(conflicts)}: use another name in spec.models"
+    return Finding(Type.ACCEPTED, FALSE, Reason.MODEL_NAME_CONFLICT, text)
 
 
-def _last_snapshot(key: Key, uid: str, previous: Previous) -> Snapshot | None:
+def _last_snapshot(found: Declared[RoutingPolicy], previous: Previous) -> Snapshot | None:
     """What was in force, unless it was another policy's of the same name."""
+    key, uid = found.meta.key, found.meta.uid
+    if (known := previous.policies.get(key)) is not None:
+        return previous.snapshots.get(key) if known.uid == uid else None
     stored = previous.stored.get(key)
     if stored is not None and stored.owner_uid not in ("", uid):
         return None
     return previous.snapshots.get(key)
+
+
+def _was_accepted(found: Declared[RoutingPolicy], previous: Previous) -> bool:
+    """As its status says: where a ConfigMap was lost nothing else tells who came first."""
+    ref = Ref(Kind.POLICY, found.meta.key, found.meta.uid)
+    before = conditions_of(previous.statuses.get(ref, found.status))
+    return before.get(Type.ACCEPTED, {}).get("status") == TRUE
 
 
 def _accepted_text(found: Declared[RoutingPolicy]) -> str:
@@ -443,13 +466,21 @@ def _policy_status(
     ready = _policy_ready(policy, refs, programmed)
     performance = observed.performance.get(policy.meta.key, Performance())
     fields: dict[str, Any] = {
-        "experts": len(policy.selected),
+        "experts": _selected_experts(policy, previous),
         "snapshotVersion": None if policy.snapshot is None else policy.snapshot.version,
         "averageQos": performance.average_qos,
         "violationRate": performance.violation_rate,
     }
     findings = [policy.verdict, refs, model, programmed, ready]
     return _status_write(Kind.POLICY, policy.found, findings, fields, previous, now)
+
+
+def _selected_experts(policy: _Policy, previous: Previous) -> Any:  # noqa: ANN401 - as it was read
+    if policy.accepted is not None or policy.snapshot is None:
+        return len(policy.selected)
+    ref = Ref(Kind.POLICY, policy.meta.key, policy.meta.uid)
+    before = previous.statuses.get(ref, policy.found.status)
+    return (before or {}).get("experts")  # the selector in force is not known any more
 
 
 def _not_accepted(type_: Type, policy: _Policy) -> Finding | None:
@@ -516,8 +547,11 @@ def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
 def _policy_ready(policy: _Policy, refs: Finding, programmed: Finding) -> Finding:
     if policy.verdict.status != TRUE:
         text = policy.verdict.message
-        if policy.snapshot is not None:
-            text += f"; generation {policy.snapshot.generation} stays in force"
+        if policy.snapshot is None:
+            text += "; nothing of it is in force"
+        else:
+            models = _listed(policy.snapshot.models)
+            text += f"; generation {policy.snapshot.generation} stays in force, for {models}"
         return Finding(Type.READY, FALSE, policy.verdict.reason, text)
     if refs.reason is Reason.NO_EXPERTS:
         return Finding(Type.READY, FALSE, refs.reason, refs.message)

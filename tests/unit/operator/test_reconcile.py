@@ -125,7 +125,8 @@ def test_the_last_good_policy_stays_in_force_with_live_endpoints(api):
         "Programmed": ("False", "NotAccepted"),
         "Ready": ("False", "InvalidSpec"),
     }
-    assert "generation 1 stays in force" in api.message(second, "auto", "Ready")
+    text = api.message(second, "auto", "Ready")
+    assert text.endswith("; generation 1 stays in force, for auto")
 
 
 def test_after_a_restart_the_snapshot_of_a_broken_policy_stays_as_it_is(api):
@@ -139,6 +140,18 @@ def test_after_a_restart_the_snapshot_of_a_broken_policy_stays_as_it_is(api):
     )
     assert second.snapshots == first.snapshots
     assert not second.config_maps
+
+
+def test_a_restart_writes_no_status_for_a_broken_policy(api):
+    world = (api.expert(), api.expert("idle", service={"name": "gone", "port": 1}))
+    first = api.reconcile(api.observe(api.policy(), *world))
+    broken = api.policy(meta={"generation": 2}, models=[])
+    second = api.reconcile(api.observe(broken, *world), first.next)
+    (status,) = [one.status for one in second.statuses if one.ref.key == AUTO]
+    assert status["experts"] == 2
+    seen = api.observe(broken | {"status": status}, *world)
+    third = api.reconcile(seen, Previous(snapshots=second.next.snapshots, stored=first.next.stored))
+    assert [one for one in third.statuses if one.ref.key == AUTO] == []
 
 
 def test_a_new_policy_does_not_inherit_from_another_of_its_name(api):
@@ -255,18 +268,168 @@ def test_of_the_same_age_the_first_by_name_wins_across_namespaces(api):
     assert [(one.namespace, one.policy) for one in outcome.snapshots] == [("one", "b")]
 
 
-def test_the_loser_keeps_nothing_and_takes_over_when_the_winner_goes(api):
-    alone = api.policy("late", models=["mine"], meta={"creationTimestamp": "2026-01-01T00:01:00Z"})
-    first = api.reconcile(api.observe(alone, api.policy("early", models=["auto"]), api.expert()))
-    assert len(first.snapshots) == 2
-    contested = api.observe(*rivals(api))
-    second = api.reconcile(contested, first.next)
-    assert [one.policy for one in second.snapshots] == ["early"]
-    assert second.stale_config_maps == (Key("default", "late"),)
+EARLY, LATE = Key("default", "early"), Key("default", "late")
+MINUTE_LATER = {"creationTimestamp": "2026-01-01T00:01:00Z"}
+
+
+def restarted(outcome):
+    """What a new process knows: the ConfigMaps."""
+    return Previous(snapshots=outcome.next.snapshots, stored=outcome.next.stored)
+
+
+def kept(outcome):
+    """The same process goes on."""
+    return outcome.next
+
+
+MEMORIES = pytest.mark.parametrize("memory", [kept, restarted])
+
+
+def names(outcome):
+    """Model names in force, by policy."""
+    return {one.policy: one.models for one in outcome.snapshots}
+
+
+@MEMORIES
+def test_a_new_policy_takes_no_name_from_one_in_force(api, memory):
+    """Creation times are whole seconds: of two made within one, names would decide."""
+    first = api.reconcile(api.observe(api.policy("zebra", models=["auto"]), api.expert()))
+    rival = api.policy("ant", models=["auto"], meta={"creationTimestamp": "2025-01-01T00:00:00Z"})
+    seen = api.observe(rival, api.policy("zebra", models=["auto"]), api.expert())
+    second = api.reconcile(seen, memory(first))
+    assert names(second) == {"zebra": ("auto",)}
+    assert api.conditions(second, "ant")["Accepted"] == ("False", "ModelNameConflict")
+    text = "auto is answered by default/zebra: use another name in spec.models"
+    assert api.message(second, "ant", "Accepted") == text
+    assert api.message(second, "ant", "Ready") == f"{text}; nothing of it is in force"
+
+
+def test_without_its_config_map_the_accepted_one_is_known_by_its_status(api):
+    zebra = api.policy("zebra", models=["auto"])
+    first = api.reconcile(api.observe(zebra, api.expert()))
+    (status,) = [one.status for one in first.statuses if one.ref.key.name == "zebra"]
+    zebra["status"] = status
+    second = api.reconcile(api.observe(api.policy("ant", models=["auto"]), zebra, api.expert()))
+    assert names(second) == {"zebra": ("auto",)}
+
+
+def test_the_loser_takes_over_when_the_winner_goes(api):
+    first = api.reconcile(api.observe(*rivals(api)))
+    assert names(first) == {"early": ("auto",)}
     late, _, expert = rivals(api)
-    third = api.reconcile(api.observe(late, expert), second.next)
-    assert [one.policy for one in third.snapshots] == ["late"]
-    assert third.stale_config_maps == (Key("default", "early"),)
+    second = api.reconcile(api.observe(late, expert), first.next)
+    assert names(second) == {"late": ("auto", "mine")}
+    assert second.stale_config_maps == (EARLY,)
+
+
+@MEMORIES
+def test_an_edit_into_a_conflict_leaves_the_last_good_snapshot_in_force(api, memory):
+    early = api.policy("early", models=["auto"], meta=MINUTE_LATER)
+    late = api.policy("late", models=["mine"], qos={"latencyPerTokenMs": 30})
+    first = api.reconcile(api.observe(early, late, api.expert()))
+    edited = api.policy(
+        "late", models=["more", "auto"], qos={"latencyPerTokenMs": 99}, meta={"generation": 2}
+    )
+    seen = api.observe(early, edited, api.expert())
+    second = api.reconcile(seen, memory(first))
+    assert second.snapshots == first.snapshots
+    assert not second.config_maps
+    assert not second.stale_config_maps
+    assert api.conditions(second, "late") == {
+        "Accepted": ("False", "ModelNameConflict"),
+        "ResolvedRefs": ("Unknown", "NotAccepted"),
+        "ModelLoaded": ("Unknown", "NotAccepted"),
+        "Programmed": ("False", "NotAccepted"),
+        "Ready": ("False", "ModelNameConflict"),
+    }
+    text = api.message(second, "late", "Ready")
+    assert "auto is answered by default/early" in text
+    assert text.endswith("; generation 1 stays in force, for mine")
+    third = api.reconcile(seen, memory(second))
+    assert third.snapshots == first.snapshots
+    mended = api.policy("late", models=["more"], meta={"generation": 3})
+    fourth = api.reconcile(api.observe(early, mended, api.expert()), memory(third))
+    assert names(fourth) == {"early": ("auto",), "late": ("more",)}
+    assert api.conditions(fourth, "late")["Accepted"] == ("True", "Accepted")
+
+
+def test_what_stays_in_force_after_a_conflict_keeps_live_endpoints(api):
+    world = (api.policy("early", models=["auto"]),)
+    late = api.policy("late", models=["mine"])
+    first = api.reconcile(api.observe(*world, late, api.expert()))
+    edited = api.policy("late", models=["auto"], meta={"generation": 2})
+    moved = api.expert(addresses=["10.0.0.9:8000"])
+    second = api.reconcile(api.observe(*world, edited, moved), first.next)
+    assert api.addresses(second, "late") == ["10.0.0.9:8000"]
+    assert names(second) == {"early": ("auto",), "late": ("mine",)}
+
+
+@MEMORIES
+def test_a_name_kept_in_force_is_not_free_for_others(api, memory):
+    """`late` has lost its edit and falls back on what a third policy would like to have."""
+    early = api.policy("early", models=["auto"])
+    late = api.policy("late", models=["mine"])
+    first = api.reconcile(api.observe(early, late, api.expert()))
+    edited = api.policy("late", models=["auto"], meta={"generation": 2})
+    third = api.policy("a-third", models=["mine"])
+    second = api.reconcile(api.observe(early, edited, third, api.expert()), memory(first))
+    assert names(second) == {"early": ("auto",), "late": ("mine",)}
+    assert "mine is answered by default/late" in api.message(second, "a-third", "Accepted")
+
+
+@MEMORIES
+def test_a_name_that_is_given_up_is_free_at_once(api, memory):
+    early, late = api.policy("early", models=["a"]), api.policy("late", models=["b"])
+    first = api.reconcile(api.observe(early, late))
+    early = api.policy("early", models=["b"], meta={"generation": 2})
+    late = api.policy("late", models=["c"], meta={"generation": 2})
+    second = api.reconcile(api.observe(early, late), memory(first))
+    assert names(second) == {"early": ("b",), "late": ("c",)}
+
+
+@MEMORIES
+def test_an_invalid_policy_keeps_its_names(api, memory):
+    late = api.policy("late", models=["auto"], meta=MINUTE_LATER)
+    first = api.reconcile(api.observe(late, api.expert()))
+    broken = api.policy("late", models=[], meta=MINUTE_LATER | {"generation": 2})
+    early = api.policy("early", models=["auto"])
+    second = api.reconcile(api.observe(broken, early, api.expert()), memory(first))
+    assert second.snapshots == first.snapshots
+    assert api.message(second, "late", "Ready").endswith("; generation 1 stays in force, for auto")
+    assert "auto is answered by default/late" in api.message(second, "early", "Accepted")
+
+
+def test_config_maps_that_contradict_each_other_are_not_both_in_force(api):
+    """As when the operator ended between two writes."""
+    first = api.reconcile(api.observe(api.policy("early", models=["auto"])))
+    other = api.reconcile(api.observe(api.policy("late", models=["auto", "mine"])))
+    both = Previous(
+        snapshots={**first.next.snapshots, **other.next.snapshots},
+        stored={**first.next.stored, **other.next.stored},
+    )
+    broken = [api.policy(name, models=[]) for name in ("early", "late")]
+    assert names(api.reconcile(api.observe(*broken), both)) == {"early": ("auto",)}
+
+
+@MEMORIES
+@pytest.mark.parametrize("field", ["algorithm", "fallback"])
+def test_an_edit_to_an_unknown_algorithm_leaves_the_last_good_snapshot_in_force(api, memory, field):
+    first = api.reconcile(api.observe(api.policy(), api.expert()))
+    edited = api.policy(**{field: "HanDrl2"}, meta={"generation": 2})
+    second = api.reconcile(api.observe(edited, api.expert()), memory(first))
+    assert second.snapshots == first.snapshots
+    assert api.conditions(second, "auto")["Ready"] == ("False", "UnknownAlgorithm")
+    assert api.message(second, "auto", "Ready").endswith("; generation 1 stays in force, for auto")
+
+
+@MEMORIES
+def test_a_successor_of_the_same_name_holds_none_of_its_names(api, memory):
+    first = api.reconcile(api.observe(api.policy("late", models=["auto"])))
+    successor = api.policy("late", models=["auto"], meta={"uid": "another"})
+    second = api.reconcile(
+        api.observe(successor, api.policy("early", models=["auto"])), memory(first)
+    )
+    assert names(second) == {"early": ("auto",)}
 
 
 def test_a_loser_takes_no_other_name(api):
