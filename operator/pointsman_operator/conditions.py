@@ -97,6 +97,10 @@ _UNRESOLVED: Final = (
     (FALSE, Reason.POOL_NOT_INSTALLED, "the cluster has no InferencePool v1 CRD"),
 )
 
+_LEADS_NOWHERE: Final = frozenset(
+    {reason for _, reason, _ in _UNRESOLVED} | {Reason.NONE_ANSWERS, Reason.MODEL_NOT_LISTED}
+)
+
 _HELD: Final = "not accepted; the last good snapshot, if there is one, stays in force"
 
 MEANINGS: Final = (
@@ -107,7 +111,7 @@ MEANINGS: Final = (
         (FALSE, Reason.NO_ENDPOINTS, "the backend was found but has no endpoints"),
         (FALSE, Reason.NO_READY_ENDPOINTS, "none of the endpoints is ready"),
         (FALSE, Reason.NONE_ANSWERS, "endpoints are ready, but none answers the operator"),
-        (FALSE, Reason.MODEL_NOT_LISTED, "the engine serves other models"),
+        (FALSE, Reason.MODEL_NOT_LISTED, "all ready endpoints serve other models"),
         *_UNRESOLVED,
     ),
     *_meanings(
@@ -125,6 +129,22 @@ MEANINGS: Final = (
         (FALSE, Reason.MODEL_NOT_LISTED, "it lists others; the message says which"),
         (UNKNOWN, Reason.LIST_UNAVAILABLE, "there is no readable list, such as without API key"),
         (UNKNOWN, Reason.NOT_PROBED, "no endpoint has answered yet"),
+    ),
+    *_meanings(
+        POLICY,
+        Type.READY,
+        (TRUE, Reason.SERVING, "requests are routed"),
+        (TRUE, Reason.DEGRADED, "requests are routed, but not all experts are ready"),
+        (FALSE, Reason.INVALID_SPEC, _HELD),
+        (FALSE, Reason.UNKNOWN_ALGORITHM, _HELD),
+        (FALSE, Reason.MODEL_NAME_CONFLICT, _HELD),
+        (FALSE, Reason.NO_EXPERTS, "the selector finds no expert"),
+        (FALSE, Reason.NO_READY_ENDPOINTS, "no expert has a ready endpoint with its model"),
+        (FALSE, Reason.NONE_ANSWERS, "endpoints are ready, but none answers the operator"),
+        (UNKNOWN, Reason.PENDING, "it is being sent to the policy servers"),
+        (FALSE, Reason.REFUSED, "as in Programmed"),
+        (FALSE, Reason.SERVER_UNREACHABLE, "as in Programmed"),
+        (FALSE, Reason.NO_POLICY_SERVERS, "as in Programmed"),
     ),
     *_meanings(
         POLICY,
@@ -157,21 +177,6 @@ MEANINGS: Final = (
         (FALSE, Reason.SERVER_UNREACHABLE, "a policy server does not answer"),
         (FALSE, Reason.NO_POLICY_SERVERS, "no policy server is ready"),
         (FALSE, Reason.NOT_ACCEPTED, "the spec was not accepted"),
-    ),
-    *_meanings(
-        POLICY,
-        Type.READY,
-        (TRUE, Reason.SERVING, "requests are routed"),
-        (TRUE, Reason.DEGRADED, "requests are routed, but not all experts could be resolved"),
-        (FALSE, Reason.INVALID_SPEC, _HELD),
-        (FALSE, Reason.UNKNOWN_ALGORITHM, _HELD),
-        (FALSE, Reason.MODEL_NAME_CONFLICT, _HELD),
-        (FALSE, Reason.NO_EXPERTS, "the selector finds no expert"),
-        (FALSE, Reason.NO_READY_ENDPOINTS, "no expert has a ready endpoint"),
-        (UNKNOWN, Reason.PENDING, "it is being sent to the policy servers"),
-        (FALSE, Reason.REFUSED, "as in Programmed"),
-        (FALSE, Reason.SERVER_UNREACHABLE, "as in Programmed"),
-        (FALSE, Reason.NO_POLICY_SERVERS, "as in Programmed"),
     ),
 )
 """All that can be seen in ``kubectl describe``."""
@@ -257,16 +262,17 @@ def transitions(
 ) -> tuple[Transition, ...]:
     """What to tell as Events.
 
-    A change to Unknown is no news, and at first sight only refusals and readiness are.
+    A change to Unknown is no news, and at first sight only refusals, readiness and
+    references that lead nowhere are.
     `Ready` is silent where another condition says the same.
     """
     found: dict[tuple[str, str], Transition] = {}
-    for condition in after:
+    for condition in sorted(after, key=lambda one: one["type"] == Type.READY):
         kind, status = condition["type"], condition["status"]
         old = before.get(kind)
         if status == UNKNOWN or (old is not None and old["status"] == status):
             continue
-        if old is None and not _news_at_first_sight(kind, status):
+        if old is None and not _news_at_first_sight(condition):
             continue
         message = f"{kind}: {condition['message']}"
         event = Transition(status == FALSE, condition["reason"], shorten(message))
@@ -274,7 +280,9 @@ def transitions(
     return tuple(found.values())
 
 
-def _news_at_first_sight(kind: str, status: str) -> bool:
+def _news_at_first_sight(condition: JsonObject) -> bool:
+    kind, status = condition["type"], condition["status"]
     if kind == Type.READY:
-        return status == TRUE
+        # An expert that only starts is no news, one that leads nowhere is.
+        return status == TRUE or condition["reason"] in _LEADS_NOWHERE
     return status == FALSE and kind in (Type.ACCEPTED, Type.RESOLVED_REFS)

@@ -7,7 +7,7 @@ broken now, and what was written already, so that nothing is written twice.
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 
@@ -19,7 +19,13 @@ from pointsman_core.resources import (
     RoutingPolicy,
     RoutingPolicyStatus,
 )
-from pointsman_core.snapshot import NO_VERSION, Candidate, Snapshot, compile_snapshot
+from pointsman_core.snapshot import (
+    NO_VERSION,
+    Candidate,
+    Snapshot,
+    canonical_address,
+    compile_snapshot,
+)
 from pointsman_operator.conditions import (
     FALSE,
     TRUE,
@@ -33,6 +39,7 @@ from pointsman_operator.conditions import (
     transitions,
 )
 from pointsman_operator.endpoints import Resolution, Resolver
+from pointsman_operator.fitness import Unfit, model_served, reachable, unfit
 from pointsman_operator.names import Claim, Names, settle
 from pointsman_operator.observed import (
     Declared,
@@ -45,9 +52,7 @@ from pointsman_operator.observed import (
     Probe,
     ServerState,
 )
-
-_SHOWN: Final = 3
-"""Items that a message lists."""
+from pointsman_operator.wording import counted, listed, share
 
 _R = TypeVar("_R", LLMExpert, RoutingPolicy)
 
@@ -86,6 +91,8 @@ class Previous:
     """In force, by policy; after a start those of the ConfigMaps."""
     experts: Mapping[Key, Accepted[LLMExpert]] = field(default_factory=dict)
     policies: Mapping[Key, Accepted[RoutingPolicy]] = field(default_factory=dict)
+    unfit: Mapping[Key, Unfit] = field(default_factory=dict)
+    """Endpoints that serve other models, by expert; none is known after a start."""
     statuses: Mapping[Ref, JsonObject] = field(default_factory=dict)
     """As last written; where there is none the observed one counts."""
     stored: Mapping[Key, StoredSnapshot] = field(default_factory=dict)
@@ -129,12 +136,7 @@ class Outcome:
 
 def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
     """Decide everything anew; a second call with ``Outcome.next`` finds nothing to write."""
-    resolver = Resolver(observed)
-    experts = {
-        key: _view_expert(found, previous.experts.get(key), resolver)
-        for key, found in sorted(observed.experts.items())
-        if not found.meta.deleting
-    }
+    experts = _view_experts(observed, previous)
     policies = _view_policies(observed, previous, experts)
     snapshots = {p.meta.key: p.snapshot for p in policies if p.snapshot is not None}
     config_maps = tuple(
@@ -148,7 +150,7 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
         write
         for write in (
             *(
-                _expert_status(one, observed.probes, previous, now, in_force=key in served)
+                _expert_status(one, previous, now, in_force=key in served)
                 for key, one in experts.items()
             ),
             *(_policy_status(one, observed, previous, now) for one in policies),
@@ -165,6 +167,10 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
             snapshots=snapshots,
             experts={key: v.accepted for key, v in experts.items() if v.accepted is not None},
             policies={p.meta.key: p.accepted for p in policies if p.accepted is not None},
+            unfit={
+                key: Unfit(one.meta.uid, one.meta.generation, one.unfit)
+                for key, one in experts.items()
+            },
             statuses=_next_statuses(previous, statuses, experts, policies),
             stored={
                 key: StoredSnapshot(snapshots[key].version, p.meta.uid)
@@ -178,6 +184,9 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
 # --- experts ---------------------------------------------------------------------------
 
 
+_UNASKED: Final = Finding(Type.REACHABLE, UNKNOWN, Reason.NOT_PROBED, "")
+
+
 @dataclass(frozen=True, slots=True)
 class _Expert:
     """One expert with what is in force of it."""
@@ -189,15 +198,54 @@ class _Expert:
     """Of the last good spec."""
     fault: Reason | None = None
     message: str = ""
+    reachable: Finding = _UNASKED
+    served: Finding = _UNASKED
+    unfit: frozenset[str] = frozenset()
+    """Ready endpoints that serve other models."""
 
     @property
     def meta(self) -> Meta:
         return self.found.meta
 
     @property
+    def usable(self) -> tuple[str, ...]:
+        """Endpoints that get requests."""
+        return tuple(one for one in self.resolution.ready if one not in self.unfit)
+
+    @property
+    def obstacle(self) -> Reason | None:
+        """Why it is not ready."""
+        if self.fault is not None:
+            return self.fault
+        if not self.resolution.ready:
+            return Reason.NO_READY_ENDPOINTS if self.resolution.total else Reason.NO_ENDPOINTS
+        if self.reachable.status == FALSE:
+            return self.reachable.reason
+        return None if self.usable else self.served.reason
+
+    @property
     def frozen(self) -> bool:
         """Nothing good is known but its candidates in the snapshot before."""
         return self.fault is not None and self.accepted is None
+
+
+def _view_experts(observed: Observed, previous: Previous) -> dict[Key, _Expert]:
+    resolver = Resolver(observed)
+    in_force = frozenset(
+        (Key(snapshot.namespace, one.expert), one.address)
+        for snapshot in previous.snapshots.values()
+        for one in snapshot.candidates
+    )
+    return {
+        key: _judge(
+            _view_expert(found, previous.experts.get(key), resolver),
+            observed.probes,
+            previous,
+            in_force,
+        )
+        for key, found in sorted(observed.experts.items())
+        if not found.meta.deleting
+    }
 
 
 def _view_expert(
@@ -206,7 +254,7 @@ def _view_expert(
     uid = found.meta.uid
     if found.resource is None:
         fault: Reason | None = Reason.INVALID_SPEC
-        message = _listed(found.problems)
+        message = listed(found.problems)
     else:
         resolution = resolver.resolve(found.resource)
         fault, message = resolution.fault, resolution.message
@@ -216,7 +264,11 @@ def _view_expert(
         return _Expert(found, None, Resolution(), fault, message)
     # What it had goes on, looked up anew: pods may have moved, or be gone by now.
     current = last.resource.model_copy(update={"metadata": _object_meta(found.meta)})
-    return _Expert(found, Accepted(uid, current), resolver.resolve(current), fault, message)
+    resolution = resolver.resolve(current)
+    if resolution.fault is Reason.NOT_PERMITTED:
+        # Nobody can tell what it has by now: what is in force stays as it is.
+        return _Expert(found, None, Resolution(), fault, message)
+    return _Expert(found, Accepted(uid, current), resolution, fault, message)
 
 
 def _object_meta(meta: Meta) -> ObjectMeta:
@@ -228,100 +280,99 @@ def _object_meta(meta: Meta) -> ObjectMeta:
     )
 
 
-def _expert_status(
+def _judge(
     expert: _Expert,
     probes: Mapping[str, Probe],
     previous: Previous,
-    now: datetime,
-    *,
-    in_force: bool,
-) -> StatusWrite | None:
-    ready = expert.resolution.ready
+    in_force: frozenset[tuple[Key, str]],
+) -> _Expert:
+    """What probes say of it."""
+    ready, found = expert.resolution.ready, expert.found
+    resource = None if expert.accepted is None else expert.accepted.resource
     probed = {address: probes[address] for address in ready if address in probes}
-    reachable = _reachable(ready, probed)
-    served = _model_served(expert.found.resource, probed)
+    answers, served = reachable(ready, probed), model_served(resource, probed)
     if len(probed) < len(ready):
         # Not all were asked since the start, or since one was added: no reason to forget.
-        reachable = _as_before(reachable, expert.found, previous)
-        served = _as_before(served, expert.found, previous)
-    return _status_write(
-        Kind.EXPERT,
-        expert.found,
-        [_expert_ready(expert, reachable, served, in_force=in_force), reachable, served],
-        {"endpoints": {"ready": len(ready), "total": expert.resolution.total}},
-        previous,
-        now,
+        answers = _as_before(answers, found, previous)
+        served = _as_before(served, found, previous)
+    if resource is None:
+        return replace(expert, reachable=answers, served=served)
+    out = unfit(resource, ready, probed, _unfit_before(expert, previous, in_force))
+    if out and served.status != FALSE:  # they are silent now, or were not asked yet
+        text = f"{listed(sorted(out))} did not serve {resource.spec.model} when last asked"
+        told = Finding(Type.MODEL_SERVED, FALSE, Reason.MODEL_NOT_LISTED, text)
+        before = _before(Type.MODEL_SERVED, found, previous)
+        served = before if before is not None and before.status == FALSE else told
+    return replace(expert, reachable=answers, served=served, unfit=out)
+
+
+def _unfit_before(
+    expert: _Expert, previous: Previous, in_force: frozenset[tuple[Key, str]]
+) -> frozenset[str]:
+    """Endpoints that served other models when they last answered."""
+    meta = expert.meta
+    known = previous.unfit.get(meta.key)
+    if known is not None:
+        same = (known.uid, known.generation) == (meta.uid, meta.generation)
+        return known.addresses if same else frozenset()
+    before = _before(Type.MODEL_SERVED, expert.found, previous)
+    if before is None or before.status != FALSE:
+        return frozenset()
+    # After a start: the status says that there are some, the snapshots which are none.
+    return frozenset(
+        address
+        for address in expert.resolution.ready
+        if (meta.key, canonical_address(address)) not in in_force
     )
+
+
+def _expert_status(
+    expert: _Expert, previous: Previous, now: datetime, *, in_force: bool
+) -> StatusWrite | None:
+    findings = [_expert_ready(expert, in_force=in_force), expert.reachable, expert.served]
+    count = {"ready": len(expert.usable), "total": expert.resolution.total}
+    fields = {"endpoints": count}
+    return _status_write(Kind.EXPERT, expert.found, findings, fields, previous, now)
 
 
 def _as_before(finding: Finding, found: Declared[LLMExpert], previous: Previous) -> Finding:
     """What was found of the same generation, if nothing is known now."""
+    if finding.status != UNKNOWN:
+        return finding
+    return _before(finding.type, found, previous) or finding
+
+
+def _before(type_: Type, found: Declared[LLMExpert], previous: Previous) -> Finding | None:
+    """What the status says of the same generation."""
     ref = Ref(Kind.EXPERT, found.meta.key, found.meta.uid)
-    old = conditions_of(previous.statuses.get(ref, found.status)).get(finding.type)
-    if finding.status != UNKNOWN or old is None:
-        return finding
-    if old.get("observedGeneration") != found.meta.generation:
-        return finding
+    old = conditions_of(previous.statuses.get(ref, found.status)).get(type_)
+    if old is None or old.get("observedGeneration") != found.meta.generation:
+        return None
     try:
         status, reason = ConditionStatus(old["status"]), Reason(old.get("reason", ""))
     except ValueError:
-        return finding  # of another version of the operator
-    return Finding(finding.type, status, reason, str(old.get("message", "")))
+        return None  # of another version of the operator
+    return Finding(type_, status, reason, str(old.get("message", "")))
 
 
-def _expert_ready(
-    expert: _Expert, reachable: Finding, served: Finding, *, in_force: bool
-) -> Finding:
-    resolution = expert.resolution
-    if expert.fault is not None:
-        held = "; what was in force before stays" if in_force else ""
-        return Finding(Type.READY, FALSE, expert.fault, expert.message + held)
-    if not resolution.ready:
-        if not resolution.total:
-            return Finding(Type.READY, FALSE, Reason.NO_ENDPOINTS, "there are no endpoints")
-        text = f"0 of {resolution.total} endpoints are ready"
-        return Finding(Type.READY, FALSE, Reason.NO_READY_ENDPOINTS, text)
-    for other in (reachable, served):
-        if other.status == FALSE:
-            return Finding(Type.READY, FALSE, other.reason, other.message)
-    text = f"{len(resolution.ready)} of {resolution.total} endpoints are ready"
-    if expert.found.ignored:
-        text += f"; ignored, as not known here: {_listed(expert.found.ignored)}"
-    return Finding(Type.READY, TRUE, Reason.ENDPOINTS_READY, text)
-
-
-def _reachable(ready: tuple[str, ...], probed: Mapping[str, Probe]) -> Finding:
-    if not ready or len(probed) < len(ready):
-        text = "not all ready endpoints were asked yet" if ready else "no endpoint is ready"
-        return Finding(Type.REACHABLE, UNKNOWN, Reason.NOT_PROBED, text)
-    silent = {address: probe.error for address, probe in probed.items() if not probe.answers}
-    if not silent:
-        text = f"{len(ready)} of {len(ready)} endpoints answer"
-        return Finding(Type.REACHABLE, TRUE, Reason.ALL_ANSWER, text)
-    count = f"{len(ready) - len(silent)} of {len(ready)} endpoints answer"
-    text = f"{count}: {_listed(f'{address} {error}' for address, error in silent.items())}"
-    if len(silent) < len(ready):
-        return Finding(Type.REACHABLE, TRUE, Reason.SOME_ANSWER, text)
-    return Finding(Type.REACHABLE, FALSE, Reason.NONE_ANSWERS, text)
-
-
-def _model_served(expert: LLMExpert | None, probed: Mapping[str, Probe]) -> Finding:
-    answering = {address: probe for address, probe in probed.items() if probe.answers}
-    if expert is None or not answering:
-        text = "no endpoint has answered"
-        return Finding(Type.MODEL_SERVED, UNKNOWN, Reason.NOT_PROBED, text)
-    model = expert.spec.model
-    for address, probe in answering.items():
-        if probe.models is not None and model not in probe.models:
-            listed = _listed(probe.models) or "no model"
-            text = f"{address} does not serve {model}; it serves {listed}"
-            return Finding(Type.MODEL_SERVED, FALSE, Reason.MODEL_NOT_LISTED, text)
-    for address, probe in answering.items():
-        if probe.models is None:
-            text = f"{address}: {probe.error or 'no list of models'}"
-            return Finding(Type.MODEL_SERVED, UNKNOWN, Reason.LIST_UNAVAILABLE, text)
-    text = f"{model} is listed by /v1/models"
-    return Finding(Type.MODEL_SERVED, TRUE, Reason.MODEL_LISTED, text)
+def _expert_ready(expert: _Expert, *, in_force: bool) -> Finding:
+    resolution, obstacle = expert.resolution, expert.obstacle
+    count = f"{share(len(expert.usable), resolution.total, 'endpoint')} ready"
+    if obstacle is None:
+        if expert.served.status == FALSE:
+            count += f"; {expert.served.message}"
+        if expert.found.ignored:
+            count += f"; ignored, as not known here: {listed(expert.found.ignored)}"
+        return Finding(Type.READY, TRUE, Reason.ENDPOINTS_READY, count)
+    text = {
+        Reason.NO_ENDPOINTS: "there are no endpoints",
+        Reason.NO_READY_ENDPOINTS: count,
+        Reason.NONE_ANSWERS: expert.reachable.message,
+        Reason.MODEL_NOT_LISTED: expert.served.message,
+    }.get(obstacle, expert.message)
+    if expert.fault is not None and in_force:
+        text += "; what was in force before stays"
+    return Finding(Type.READY, FALSE, obstacle, text)
 
 
 # --- policies --------------------------------------------------------------------------
@@ -392,7 +443,7 @@ def _view_policy(
 def _verdict(found: Declared[RoutingPolicy], names: Names) -> Finding:
     if found.resource is None:
         reason = Reason.UNKNOWN_ALGORITHM if found.unknown_algorithm else Reason.INVALID_SPEC
-        return Finding(Type.ACCEPTED, FALSE, reason, _listed(found.problems))
+        return Finding(Type.ACCEPTED, FALSE, reason, listed(found.problems))
     if found.meta.key in names.granted:
         return Finding(Type.ACCEPTED, TRUE, Reason.ACCEPTED, _accepted_text(found))
     conflicts = [
@@ -400,7 +451,7 @@ def _verdict(found: Declared[RoutingPolicy], names: Names) -> Finding:
         for name in found.resource.spec.models
         if (owner := names.owners.get(name, found.meta.key)) != found.meta.key
     ]
-    text = f"{_listed(conflicts)}: use another name in spec.models"
+    text = f"{listed(conflicts)}: use another name in spec.models"
     return Finding(Type.ACCEPTED, FALSE, Reason.MODEL_NAME_CONFLICT, text)
 
 
@@ -425,7 +476,7 @@ def _was_accepted(found: Declared[RoutingPolicy], previous: Previous) -> bool:
 def _accepted_text(found: Declared[RoutingPolicy]) -> str:
     if not found.ignored:
         return "the spec is valid"
-    return f"the spec is valid; ignored, as not known here: {_listed(found.ignored)}"
+    return f"the spec is valid; ignored, as not known here: {listed(found.ignored)}"
 
 
 def _selects(policy: RoutingPolicy, expert: Meta) -> bool:
@@ -441,7 +492,7 @@ def _compile(
     snapshot = compile_snapshot(
         policy,
         [one.accepted.resource for one in good if one.accepted is not None],
-        {one.meta.key.name: one.resolution.ready for one in good},
+        {one.meta.key.name: one.usable for one in good},
     )
     frozen = {one.meta.key.name for one in selected if one.frozen}
     kept = [one for one in last.candidates if one.expert in frozen] if last else []
@@ -471,7 +522,7 @@ def _policy_status(
         "averageQos": performance.average_qos,
         "violationRate": performance.violation_rate,
     }
-    findings = [policy.verdict, refs, model, programmed, ready]
+    findings = [ready, policy.verdict, refs, model, programmed]
     return _status_write(Kind.POLICY, policy.found, findings, fields, previous, now)
 
 
@@ -504,9 +555,10 @@ def _resolved_refs(policy: _Policy) -> Finding:
         return Finding(Type.RESOLVED_REFS, FALSE, Reason.NO_EXPERTS, text)
     faults = [f"{e.meta.key.name} ({e.fault})" for e in policy.selected if e.fault is not None]
     if faults:
-        text = f"{len(faults)} of {len(policy.selected)} experts not resolved: {_listed(faults)}"
+        count = f"{len(faults)} of {counted(len(policy.selected), 'expert')}"
+        text = f"{count} not resolved: {listed(faults)}"
         return Finding(Type.RESOLVED_REFS, FALSE, Reason.EXPERT_NOT_RESOLVED, text)
-    text = f"{len(policy.selected)} experts"
+    text = counted(len(policy.selected), "expert")
     return Finding(Type.RESOLVED_REFS, TRUE, Reason.ALL_RESOLVED, text)
 
 
@@ -521,19 +573,20 @@ def _model_loaded(policy: _Policy) -> Finding:
 def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
     if (refusal := _not_accepted(Type.PROGRAMMED, policy)) is not None:
         return refusal
-    counted = {address: server for address, server in servers.items() if server.counted}
-    if not counted:
+    ready = {address: server for address, server in servers.items() if server.counted}
+    if not ready:
         text = "no policy server is ready"
         return Finding(Type.PROGRAMMED, FALSE, Reason.NO_POLICY_SERVERS, text)
     generation = policy.meta.generation
     behind = {
         address: server
-        for address, server in sorted(counted.items())
+        for address, server in sorted(ready.items())
         if server.error or server.applied.get(policy.meta.key, (-1, ""))[0] != generation
     }
-    count = (
-        f"{len(counted) - len(behind)}/{len(counted)} policy servers have generation {generation}"
-    )
+    acknowledged = len(ready) - len(behind)
+    verb = "has" if 1 in (acknowledged, len(ready)) else "have"
+    servers_ = "policy server" if len(ready) == 1 else "policy servers"
+    count = f"{acknowledged}/{len(ready)} {servers_} {verb} generation {generation}"
     if not behind:
         return Finding(Type.PROGRAMMED, TRUE, Reason.ACKNOWLEDGED, count)
     for refused, reason in ((True, Reason.REFUSED), (False, Reason.SERVER_UNREACHABLE)):
@@ -550,20 +603,26 @@ def _policy_ready(policy: _Policy, refs: Finding, programmed: Finding) -> Findin
         if policy.snapshot is None:
             text += "; nothing of it is in force"
         else:
-            models = _listed(policy.snapshot.models)
+            models = listed(policy.snapshot.models)
             text += f"; generation {policy.snapshot.generation} stays in force, for {models}"
         return Finding(Type.READY, FALSE, policy.verdict.reason, text)
     if refs.reason is Reason.NO_EXPERTS:
         return Finding(Type.READY, FALSE, refs.reason, refs.message)
     candidates = () if policy.snapshot is None else policy.snapshot.candidates
+    obstacles = [f"{one.meta.key.name} ({one.obstacle})" for one in policy.selected if one.obstacle]
+    not_ready = f"{share(len(obstacles), len(policy.selected), 'expert')} not ready"
+    not_ready += f": {listed(obstacles)}"
     if not candidates:
-        text = f"none of {len(policy.selected)} experts has a ready endpoint"
-        return Finding(Type.READY, FALSE, Reason.NO_READY_ENDPOINTS, text)
+        return Finding(Type.READY, FALSE, Reason.NO_READY_ENDPOINTS, not_ready)
+    routed = {one.expert for one in candidates}
+    silent = {one.meta.key.name for one in policy.selected if one.reachable.status == FALSE}
+    if routed <= silent:
+        return Finding(Type.READY, FALSE, Reason.NONE_ANSWERS, not_ready)
     if programmed.status != TRUE:
         return Finding(Type.READY, programmed.status, programmed.reason, programmed.message)
-    text = f"{len({one.expert for one in candidates})} experts, {len(candidates)} endpoints"
-    if refs.status != TRUE:
-        return Finding(Type.READY, TRUE, Reason.DEGRADED, f"{text}; {refs.message}")
+    text = f"{counted(len(routed), 'expert')}, {counted(len(candidates), 'endpoint')}"
+    if obstacles:
+        return Finding(Type.READY, TRUE, Reason.DEGRADED, f"{text}; {not_ready}")
     return Finding(Type.READY, TRUE, Reason.SERVING, text)
 
 
@@ -598,10 +657,18 @@ def _status_write(
             if value is not None and name in _STATUS_FIELDS[kind]
         },
     }
-    if old is not None and dict(old) == status:
+    if old is not None and _unordered(old) == _unordered(status):
         return None
     events = transitions(before, conditions)
     return StatusWrite(ref, meta.resource_version, status, events)
+
+
+def _unordered(status: JsonObject) -> dict[str, Any]:
+    """With the conditions by their type: the API server may keep the order that it knows."""
+    conditions = status.get("conditions")
+    if not isinstance(conditions, list):
+        return dict(status)
+    return {**status, "conditions": {str(one.get("type")): one for one in conditions}}
 
 
 def _next_statuses(
@@ -615,10 +682,3 @@ def _next_statuses(
     there |= {Ref(Kind.POLICY, p.meta.key, p.meta.uid) for p in policies}
     kept = {ref: status for ref, status in previous.statuses.items() if ref in there}
     return kept | {write.ref: write.status for write in writes}
-
-
-def _listed(items: Iterable[object]) -> str:
-    """The first few, and how many more there are."""
-    texts = [str(item) for item in items]
-    shown = ", ".join(texts[:_SHOWN])
-    return f"{shown} and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else shown

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from pointsman_operator import runtime, store
 from pointsman_operator.cluster import ClusterError, config_map
@@ -173,7 +175,7 @@ async def test_from_objects_to_a_policy_server_and_back_to_a_status(api, rig):
         assert rig.servers.sets[0][0] == SERVER
         assert "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP]
         await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
-        await rig.until(lambda: ("event", ("auto", "Serving")) in rig.cluster.log)
+        await rig.until(lambda: ("event", ("auto", "NoneAnswers")) in rig.cluster.log)
         assert (await rig.get("/readyz"))[0] == 200
         assert (await rig.get("/healthz")) == (200, "ok\n")
         page = (await rig.get("/metrics"))[1]
@@ -201,6 +203,40 @@ async def test_a_list_finds_what_no_watch_has_told(api, rig):
         del rig.cluster.objects[Kind.EXPERT]["chat"]
         await rig.until(lambda: len(rig.servers.sets) == 2)
         assert b"10.0.0.2" not in rig.servers.sets[1][1].snapshots[0].snapshot_json
+
+
+async def test_an_engine_that_serves_another_model_gets_no_requests(api, rig, engine):
+    rig.cluster.put(api.policy(), api.expert(addresses=[engine.address]))
+    async with rig.running(probe_interval_s=0.05):
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == "ModelNotListed")
+        await rig.until(lambda: engine.address not in sent(rig))
+        await rig.until(lambda: rig.reason("auto", "Ready") == "NoReadyEndpoints")
+        engine.models = ["coder-model"]
+        await rig.until(lambda: engine.address in sent(rig))
+        await rig.until(lambda: rig.reason("auto", "Ready") == "Serving")
+
+
+def sent(rig):
+    """The last set as text."""
+    return "".join(one.snapshot_json.decode() for one in rig.servers.sets[-1][1].snapshots)
+
+
+@pytest.fixture
+async def engine():
+    """An engine whose list of ``models`` can be changed."""
+    fake = SimpleNamespace(models=["another-model"], address="")
+
+    async def answer(_):
+        return web.json_response({"data": [{"id": name} for name in fake.models]})
+
+    app = web.Application()
+    app.router.add_get("/v1/models", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    fake.address = f"127.0.0.1:{runner.addresses[0][1]}"
+    yield fake
+    await runner.cleanup()
 
 
 async def test_at_rest_nothing_is_written_or_sent(api, rig):
@@ -337,6 +373,7 @@ async def test_a_name_in_force_stays_with_its_policy_over_a_restart(api, rig):
     async with rig.running():
         await rig.until(lambda: rig.reason("late", "Programmed") == "Acknowledged")
     rig.cluster.put(api.policy("early", models=["late"]))
+    rig.memory = Memory()
     async with rig.running():
         await rig.until(lambda: rig.reason("early", "Accepted") == "ModelNameConflict")
         assert [one.policy for one in rig.servers.sets[-1][1].snapshots] == ["late"]
