@@ -585,8 +585,7 @@ def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
     }
     acknowledged = len(ready) - len(behind)
     verb = "has" if 1 in (acknowledged, len(ready)) else "have"
-    servers_ = "policy server" if len(ready) == 1 else "policy servers"
-    count = f"{acknowledged}/{len(ready)} {servers_} {verb} generation {generation}"
+    count = f"{acknowledged}/{counted(len(ready), 'policy server')} {verb} generation {generation}"
     if not behind:
         return Finding(Type.PROGRAMMED, TRUE, Reason.ACKNOWLEDGED, count)
     for refused, reason in ((True, Reason.REFUSED), (False, Reason.SERVER_UNREACHABLE)):
