@@ -98,6 +98,12 @@ _UNRESOLVED: Final = (
     (FALSE, Reason.POOL_NOT_INSTALLED, "the cluster has no InferencePool v1 CRD"),
 )
 
+_LEADS_NOWHERE: Final = frozenset(
+    {reason for _, reason, _ in _UNRESOLVED} | {Reason.NONE_ANSWERS, Reason.MODEL_NOT_LISTED}
+)
+
+_HELD: Final = "not accepted; the last good snapshot, if there is one, stays in force"
+
 MEANINGS: Final = (
     *_meanings(
         EXPERT,
@@ -106,7 +112,7 @@ MEANINGS: Final = (
         (FALSE, Reason.NO_ENDPOINTS, "the backend was found but has no endpoints"),
         (FALSE, Reason.NO_READY_ENDPOINTS, "none of the endpoints is ready"),
         (FALSE, Reason.NONE_ANSWERS, "endpoints are ready, but none answers the operator"),
-        (FALSE, Reason.MODEL_NOT_LISTED, "the engine serves other models"),
+        (FALSE, Reason.MODEL_NOT_LISTED, "all ready endpoints serve other models"),
         *_UNRESOLVED,
     ),
     *_meanings(
@@ -127,11 +133,32 @@ MEANINGS: Final = (
     ),
     *_meanings(
         POLICY,
+        Type.READY,
+        (TRUE, Reason.SERVING, "requests are routed"),
+        (TRUE, Reason.DEGRADED, "requests are routed, but not all experts are ready"),
+        (
+            TRUE,
+            Reason.SNAPSHOT_TOO_LARGE,
+            "requests are routed, but the snapshot does not fit a ConfigMap",
+        ),
+        (FALSE, Reason.INVALID_SPEC, _HELD),
+        (FALSE, Reason.UNKNOWN_ALGORITHM, _HELD),
+        (FALSE, Reason.MODEL_NAME_CONFLICT, _HELD),
+        (FALSE, Reason.NO_EXPERTS, "the selector finds no expert"),
+        (FALSE, Reason.NO_READY_ENDPOINTS, "no expert has a ready endpoint with its model"),
+        (FALSE, Reason.NONE_ANSWERS, "endpoints are ready, but none answers the operator"),
+        (UNKNOWN, Reason.PENDING, "it is being sent to the policy servers"),
+        (FALSE, Reason.REFUSED, "as in Programmed"),
+        (FALSE, Reason.SERVER_UNREACHABLE, "as in Programmed"),
+        (FALSE, Reason.NO_POLICY_SERVERS, "as in Programmed"),
+    ),
+    *_meanings(
+        POLICY,
         Type.ACCEPTED,
         (TRUE, Reason.ACCEPTED, "the spec is valid and its model names are free"),
         (FALSE, Reason.INVALID_SPEC, "the spec is not valid for this version of the operator"),
         (FALSE, Reason.UNKNOWN_ALGORITHM, "this version of the operator lacks the algorithm"),
-        (FALSE, Reason.MODEL_NAME_CONFLICT, "an older policy answers one of the model names"),
+        (FALSE, Reason.MODEL_NAME_CONFLICT, "another policy answers one of the model names"),
     ),
     *_meanings(
         POLICY,
@@ -156,26 +183,6 @@ MEANINGS: Final = (
         (FALSE, Reason.SERVER_UNREACHABLE, "a policy server does not answer"),
         (FALSE, Reason.NO_POLICY_SERVERS, "no policy server is ready"),
         (FALSE, Reason.NOT_ACCEPTED, "the spec was not accepted"),
-    ),
-    *_meanings(
-        POLICY,
-        Type.READY,
-        (TRUE, Reason.SERVING, "requests are routed"),
-        (TRUE, Reason.DEGRADED, "requests are routed, but not all experts could be resolved"),
-        (
-            TRUE,
-            Reason.SNAPSHOT_TOO_LARGE,
-            "requests are routed, but the snapshot does not fit a ConfigMap",
-        ),
-        (FALSE, Reason.INVALID_SPEC, "not accepted; the last good snapshot stays in force"),
-        (FALSE, Reason.UNKNOWN_ALGORITHM, "not accepted; the last good snapshot stays in force"),
-        (FALSE, Reason.MODEL_NAME_CONFLICT, "not accepted; nothing of it is in force"),
-        (FALSE, Reason.NO_EXPERTS, "the selector finds no expert"),
-        (FALSE, Reason.NO_READY_ENDPOINTS, "no expert has a ready endpoint"),
-        (UNKNOWN, Reason.PENDING, "it is being sent to the policy servers"),
-        (FALSE, Reason.REFUSED, "as in Programmed"),
-        (FALSE, Reason.SERVER_UNREACHABLE, "as in Programmed"),
-        (FALSE, Reason.NO_POLICY_SERVERS, "as in Programmed"),
     ),
 )
 """All that can be seen in ``kubectl describe``."""
@@ -265,11 +272,12 @@ def transitions(
 ) -> tuple[Transition, ...]:
     """What to tell as Events.
 
-    A change to Unknown is no news, and at first sight only refusals and readiness are.
+    A change to Unknown is no news, and at first sight only refusals, readiness and
+    references that lead nowhere are.
     `Ready` is silent where another condition says the same.
     """
     found: dict[tuple[str, str], Transition] = {}
-    for condition in after:
+    for condition in sorted(after, key=lambda one: one["type"] == Type.READY):
         kind, status = condition["type"], condition["status"]
         old = before.get(kind)
         alarming = condition["reason"] in _ALARMING
@@ -278,7 +286,7 @@ def transitions(
             known = known and old.get("reason") == condition["reason"]
         if status == UNKNOWN or known:
             continue
-        if old is None and not _news_at_first_sight(kind, status):
+        if old is None and not _news_at_first_sight(condition):
             continue
         message = f"{kind}: {condition['message']}"
         event = Transition(status == FALSE or alarming, condition["reason"], shorten(message))
@@ -286,7 +294,9 @@ def transitions(
     return tuple(found.values())
 
 
-def _news_at_first_sight(kind: str, status: str) -> bool:
+def _news_at_first_sight(condition: JsonObject) -> bool:
+    kind, status = condition["type"], condition["status"]
     if kind == Type.READY:
-        return status == TRUE
+        # An expert that only starts is no news, one that leads nowhere is.
+        return status == TRUE or condition["reason"] in _LEADS_NOWHERE
     return status == FALSE and kind in (Type.ACCEPTED, Type.RESOLVED_REFS)

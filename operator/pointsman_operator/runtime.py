@@ -134,7 +134,7 @@ class Operator:
         """Serve probes and start all loops; raises OSError if the address is taken."""
         await self._exit.enter_async_context(self._http())
         self._prober = Prober(
-            interval_s=self.settings.probe_interval_s, on_change=self._unwritten.set
+            interval_s=self.settings.probe_interval_s, on_change=self._changed.set
         )
         loops: dict[str, Callable[[], Awaitable[None]]] = {
             "resync": self._resync_loop,
@@ -297,6 +297,7 @@ class Operator:
             snapshots=outcome.next.snapshots,
             experts=outcome.next.experts,
             policies=outcome.next.policies,
+            unfit=outcome.next.unfit,
         )
         self._show_snapshots(outcome)
         if self._prober is not None:

@@ -29,7 +29,7 @@ async def test_a_changed_limit(place, eventually):
     await place.until_answered_by("slow")
     found = await place.until_policy(Ready="True", Programmed="True/Acknowledged")
     assert found["metadata"]["generation"] == 2
-    assert "have generation 2" in condition(found, "Programmed")["message"]
+    assert "has generation 2" in condition(found, "Programmed")["message"]
     live = await place.plant.live()
     assert live["snapshots"][f"{place.namespace}/auto"] == {
         "generation": 2,
@@ -90,7 +90,9 @@ async def test_a_broken_expert_and_its_return(place):
     await place.until_expert(
         "best", Ready="False/NoneAnswers", Reachable="False/NoneAnswers", ModelServed="Unknown"
     )
-    await place.until_policy(Ready="True")
+    await place.until_policy(Ready="True/Degraded")
+    await other.kill()
+    await place.until_policy(Ready="False/NoneAnswers", Programmed="True")
 
     await place.engine("best", port=port)
     await place.until_answered_by("best")
@@ -105,6 +107,8 @@ async def test_an_engine_that_serves_another_model(place):
     )
     message = condition(found, "ModelServed")["message"]
     assert message == f"{ant.address} does not serve ant; it serves something-else"
+    await place.until_answered_by("503")
+    await place.until_policy(Ready="False/NoReadyEndpoints")
 
     # `model` cannot be changed: the way out is another expert.
     await place.delete("llmexpert", "ant")

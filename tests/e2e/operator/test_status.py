@@ -44,7 +44,7 @@ async def test_columns(place):
     assert row["SNAPSHOT"] == found["status"]["snapshotVersion"]
 
 
-REASONS = ["EndpointsReady", "ExpertNotResolved", "Degraded"]
+REASONS = ["EndpointsReady", "ServiceNotFound", "ExpertNotResolved", "Degraded"]
 
 
 async def test_describe(place, eventually):
@@ -65,8 +65,8 @@ async def test_describe(place, eventually):
     text = await eventually("told", describe, lambda text: events(text) == REASONS)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert f"Message: there is no Service {place.namespace}/bee" in lines
-    assert "Message: 1 of 1 endpoints are ready" in lines
-    assert "Message: 1/1 policy servers have generation 1" in lines
+    assert "Message: 1 of 1 endpoint is ready" in lines
+    assert "Message: 1/1 policy server has generation 1" in lines
     assert "Message: 1 of 2 experts not resolved: bee (ServiceNotFound)" in lines
     about = "ResolvedRefs: 1 of 2 experts not resolved: bee (ServiceNotFound)"
     assert any(

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from aiohttp import web
 from structlog.testing import capture_logs
 
 from pointsman_operator import runtime, store
@@ -182,7 +184,7 @@ async def test_from_objects_to_a_policy_server_and_back_to_a_status(api, rig):
         assert rig.servers.sets[0][0] == SERVER
         assert "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP]
         await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
-        await rig.until(lambda: ("event", ("auto", "Serving")) in rig.cluster.log)
+        await rig.until(lambda: ("event", ("auto", "NoneAnswers")) in rig.cluster.log)
         assert (await rig.get("/readyz"))[0] == 200
         assert (await rig.get("/healthz")) == (200, "ok\n")
         page = (await rig.get("/metrics"))[1]
@@ -212,15 +214,55 @@ async def test_a_list_finds_what_no_watch_has_told(api, rig):
         assert b"10.0.0.2" not in rig.servers.sets[1][1].snapshots[0].snapshot_json
 
 
+async def test_an_engine_that_serves_another_model_gets_no_requests(api, rig, engine):
+    rig.cluster.put(api.policy(), api.expert(addresses=[engine.address]))
+    async with rig.running(probe_interval_s=0.05):
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == "ModelNotListed")
+        await rig.until(lambda: engine.address not in sent(rig))
+        await rig.until(lambda: rig.reason("auto", "Ready") == "NoReadyEndpoints")
+        engine.models = ["coder-model"]
+        await rig.until(lambda: engine.address in sent(rig))
+        await rig.until(lambda: rig.reason("auto", "Ready") == "Serving")
+
+
+def sent(rig):
+    """The last set as text."""
+    return "".join(one.snapshot_json.decode() for one in rig.servers.sets[-1][1].snapshots)
+
+
+@pytest.fixture
+async def engine():
+    """An engine whose list of ``models`` can be changed."""
+    fake = SimpleNamespace(models=["another-model"], address="")
+
+    async def answer(_):
+        return web.json_response({"data": [{"id": name} for name in fake.models]})
+
+    app = web.Application()
+    app.router.add_get("/v1/models", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    fake.address = f"127.0.0.1:{runner.addresses[0][1]}"
+    yield fake
+    await runner.cleanup()
+
+
 async def test_at_rest_nothing_is_written_or_sent(api, rig):
     rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
     async with rig.running(resync_interval_s=0.05):
-        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+        await told_of_silence(rig)
         await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
         await lists(rig, 4)
         before = (rig.cluster.writes(), list(rig.servers.sets))
         await lists(rig, 4)
         assert (rig.cluster.writes(), rig.servers.sets) == before
+
+
+async def told_of_silence(rig):
+    """Wait until all statuses say that the engine does not answer."""
+    await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+    await rig.until(lambda: rig.reason("auto", "Ready") == "NoneAnswers")
 
 
 async def lists(rig, count):
@@ -232,7 +274,7 @@ async def lists(rig, count):
 async def test_a_restart_writes_nothing_and_sends_the_same(api, rig):
     rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
     async with rig.running():
-        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+        await told_of_silence(rig)
         await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
     first = rig.servers.sets[-1][1]
     rig.memory, rig.cluster.log = Memory(), []
@@ -249,7 +291,7 @@ async def test_after_a_restart_a_slow_policy_server_is_waited_for(api, rig, monk
     monkeypatch.setattr(runtime, "SETTLE_S", 0.001)
     rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
     async with rig.running():
-        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+        await told_of_silence(rig)
         await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
     rig.memory, rig.cluster.log = Memory(), []
     rig.servers.open.clear()
@@ -351,7 +393,7 @@ async def test_averages_of_a_status_outlive_a_restart(api, rig):
     rig.servers.counts = {AUTO: PolicyCounts(4, 1, 2.0)}
     async with rig.running():
         await rig.until(lambda: rig.status("auto").get("averageQos") == 0.5)
-        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+        await told_of_silence(rig)
     rig.memory, rig.cluster.log = Memory(), []
     async with rig.running(resync_interval_s=0.05, status_poll_interval_s=3600.0):
         await lists(rig, 4)
@@ -414,16 +456,17 @@ def raising(error, cluster):
     return write
 
 
-async def test_the_loser_of_a_name_loses_its_config_map(api, rig):
+async def test_a_name_in_force_stays_with_its_policy_over_a_restart(api, rig):
     rig.cluster.put(api.policy("late", models=["late"], meta={"creationTimestamp": "2027"}))
     rig.cluster.put(api.expert())
-    async with rig.running(resync_interval_s=0.05):
-        await rig.until(lambda: "pointsman-snapshot-late" in rig.cluster.objects[Kind.CONFIG_MAP])
-        rig.cluster.put(api.policy("early", models=["late"]))
-        await rig.until(
-            lambda: "pointsman-snapshot-late" not in rig.cluster.objects[Kind.CONFIG_MAP]
-        )
-        await rig.until(lambda: rig.reason("late", "Accepted") == "ModelNameConflict")
+    async with rig.running():
+        await rig.until(lambda: rig.reason("late", "Programmed") == "Acknowledged")
+    rig.cluster.put(api.policy("early", models=["late"]))
+    rig.memory = Memory()
+    async with rig.running():
+        await rig.until(lambda: rig.reason("early", "Accepted") == "ModelNameConflict")
+        assert [one.policy for one in rig.servers.sets[-1][1].snapshots] == ["late"]
+    assert list(rig.cluster.objects[Kind.CONFIG_MAP]) == ["pointsman-snapshot-late"]
 
 
 async def test_a_status_that_somebody_changed_is_put_right(api, rig):
