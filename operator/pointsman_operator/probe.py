@@ -53,6 +53,11 @@ class Prober:
                 name = f"probe {address}"
                 self._tasks[address] = asyncio.create_task(self._watch(address), name=name)
 
+    @property
+    def settled(self) -> bool:
+        """Every address was asked at least once."""
+        return len(self._results) == len(self._tasks)
+
     def results(self) -> Mapping[str, Probe]:
         """The last result of every address that has one."""
         return dict(self._results)

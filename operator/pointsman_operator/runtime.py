@@ -20,13 +20,13 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import structlog
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from pointsman_core.resources import RoutingPolicy
+from pointsman_core.resources import LLMExpert, RoutingPolicy
 from pointsman_operator.cluster import Cluster, ClusterError, JsonObject
 from pointsman_operator.endpoints import Resolver, find_port
 from pointsman_operator.health import Health
@@ -57,8 +57,10 @@ from pointsman_operator.store import Store
 
 HEARTBEAT_S: Final = 5.0
 RESYNC_TIMEOUT_S: Final = 90.0
+POOLS_INTERVAL_S: Final = 5.0
+"""Between two looks for the InferencePool CRD while an expert waits for it."""
 SETTLE_S: Final = 1.0
-"""Statuses wait so long for the policy servers' answers."""
+"""Statuses wait so long for the answers of policy servers and engines."""
 FIRST_SETTLE_S: Final = 8.0
 """After a start: longer than a policy server may take, so that no status forgets in between."""
 WRITES_AT_ONCE: Final = 8
@@ -66,6 +68,8 @@ FIRST_RETRY_S: Final = 0.5
 LAST_RETRY_S: Final = 30.0
 
 OWN_KINDS: Final = (Kind.EXPERT, Kind.POLICY)
+
+_T = TypeVar("_T")
 
 _TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -138,6 +142,7 @@ class Operator:
         )
         loops: dict[str, Callable[[], Awaitable[None]]] = {
             "resync": self._resync_loop,
+            "pools": self._pools_loop,
             "snapshots": self._snapshot_loop,
             "writes": self._write_loop,
             "stats": self._stats_loop,
@@ -177,6 +182,35 @@ class Operator:
                 log.warning("full list failed", error=str(error) or "timed out")
                 pause = min(pause, self._backoff())
             await self._sleep("resync", pause)
+
+    async def _pools_loop(self) -> None:
+        """A CRD that is installed is told of by no watch before it has objects, if at all."""
+        while True:
+            if self.health.synced and self._pools_wanted:
+                try:
+                    await self._relist(Kind.POOL)
+                except ClusterError as error:  # full lists tell of it, too
+                    log.debug("list failed", kind=Kind.POOL, error=str(error))
+            await self._sleep("pools", POOLS_INTERVAL_S)
+
+    @property
+    def _pools_wanted(self) -> bool:
+        """An expert names an InferencePool, and the API server did not know the kind."""
+        experts: Mapping[Key, Declared[LLMExpert]] = self.store.objects(Kind.EXPERT)
+        return not self.store.installed(Kind.POOL) and any(
+            one.resource is not None and one.resource.spec.backend.inference_pool is not None
+            for one in experts.values()
+        )
+
+    async def _relist(self, kind: Kind) -> None:
+        touched = self.store.begin_list(kind)
+        try:
+            found = await self._cluster.list_all(kind)
+        except BaseException:
+            self.store.abandon_list(kind, touched)
+            raise
+        if self.store.end_list(kind, touched, found, now=self._clock()):
+            self._changed.set()
 
     async def resync(self) -> None:
         """List everything in full; raises `ClusterError`, and then nothing has changed."""
@@ -379,7 +413,7 @@ class Operator:
             self._unwritten.set()
 
     async def _settle(self, at_most_s: float) -> None:
-        """Wait a little for pending changes and for the policy servers' answers."""
+        """Wait a little for pending changes, and for answers of policy servers and engines."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(at_most_s):
                 while self._busy:  # noqa: ASYNC110
@@ -387,7 +421,12 @@ class Operator:
 
     @property
     def _busy(self) -> bool:
-        return self._changed.is_set() or self._publishing or not self._publisher.settled
+        return (
+            self._changed.is_set()
+            or self._publishing
+            or not self._publisher.settled
+            or (self._prober is not None and not self._prober.settled)
+        )
 
     async def _write(self) -> bool:
         """Write what differs; tells whether all of it succeeded."""
@@ -396,14 +435,14 @@ class Operator:
         outcome = await self._reconcile(self._observe())
         gate = asyncio.Semaphore(WRITES_AT_ONCE)
 
-        async def gated(what: Awaitable[bool]) -> bool:
+        async def gated(write: Callable[[_T], Awaitable[bool]], what: _T) -> bool:
             async with gate:
-                return await what
+                return await write(what)
 
         done = await asyncio.gather(
-            *(gated(self._write_snapshot(one)) for one in outcome.config_maps),
-            *(gated(self._delete_snapshot(one)) for one in outcome.stale_config_maps),
-            *(gated(self._write_status(one)) for one in outcome.statuses),
+            *(gated(self._write_snapshot, one) for one in outcome.config_maps),
+            *(gated(self._delete_snapshot, one) for one in outcome.stale_config_maps),
+            *(gated(self._write_status, one) for one in outcome.statuses),
         )
         return all(done)
 

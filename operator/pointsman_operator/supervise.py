@@ -16,6 +16,7 @@ import structlog
 
 from pointsman_operator import main
 from pointsman_operator.cluster import Cluster, ClusterError, connect
+from pointsman_operator.logs import is_gone
 from pointsman_operator.observed import Kind
 from pointsman_operator.runtime import Memory
 from pointsman_operator.settings import OperatorSettings
@@ -140,7 +141,10 @@ def supervise(
         except StaleWatchesError as error:
             log.warning("starting the watches again", reason=str(error))
         except Exception as error:
-            log.exception("watches ended, starting again", error=str(error))
+            if is_gone(error):
+                log.warning("starting the watches again", reason=str(error))
+            else:
+                log.exception("watches ended, starting again", error=str(error))
         else:
             return
         if clock() - started >= GOOD_RUN_S:

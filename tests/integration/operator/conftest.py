@@ -410,6 +410,10 @@ class OperatorProcess:
     def log(self) -> str:
         return self.child.log_path.read_text(encoding="utf-8", errors="replace")
 
+    def errors(self) -> list[str]:
+        """Lines of the log that tell of a bug."""
+        return [line for line in self.log.splitlines() if '"level": "error"' in line]
+
     @property
     def running(self) -> bool:
         return self.child.ended() is None
@@ -722,6 +726,8 @@ class Site:
 
     async def change_the_scene(self) -> None:
         """One of each kind goes, another one changes."""
+        # An API server that has just started is ready before it serves what CRDs define.
+        await eventually(lambda: self.kubectl("get", OWN_KINDS, "-o", "name", check=False))
         await asyncio.gather(
             self.kubectl("delete", OWN_KINDS, "doomed"),
             self.kubectl("delete", "endpointslice/engines-2"),

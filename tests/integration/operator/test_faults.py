@@ -205,6 +205,7 @@ async def test_watches_are_answered_410(scene, how):
         await scene.limit(80)
         await scene.converged(scene.in_force({"auto": 3}, scene.after.addresses))
     assert "" not in versions
+    assert operator.errors() == []
     assert await healthy(operator)
 
 
@@ -219,6 +220,7 @@ async def test_watches_stall(scene):
         await scene.limit(80)
         await scene.converged(scene.in_force({"auto": 3}, scene.after.addresses))
     assert "" not in versions
+    assert operator.errors() == []
     assert await healthy(operator)
 
 

@@ -258,6 +258,30 @@ def test_stale_watches_begin_anew_without_the_look_of_a_bug():
     assert "exc_info" not in told
 
 
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_kind_that_is_gone_begins_anew_without_the_look_of_a_bug(status):
+    """As kopf ends when a CRD is deleted and the watch hears of it first."""
+    runs = Runs((1, refused(status)), (1, None))
+    with capture_logs() as logs:
+        runs.supervise()
+    (told,) = logs
+    assert (told["log_level"], told["reason"]) == ("warning", "not found")
+
+
+def test_another_failure_of_a_watch_is_told_of_as_an_error():
+    runs = Runs((1, refused(400)), (1, None))
+    with capture_logs() as logs:
+        runs.supervise()
+    assert [one["log_level"] for one in logs] == ["error"]
+
+
+def refused(status):
+    """An answer of the API server as kopf raises it."""
+    error = RuntimeError("not found")
+    error.status = status
+    return error
+
+
 def test_a_refused_start_is_final():
     runs = Runs((0, StartError("no access")))
     with pytest.raises(StartError):

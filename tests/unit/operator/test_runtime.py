@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -232,10 +233,12 @@ def sent(rig):
 
 @pytest.fixture
 async def engine():
-    """An engine whose list of ``models`` can be changed."""
-    fake = SimpleNamespace(models=["another-model"], address="")
+    """An engine whose list of ``models`` can be changed; it hangs unless ``open``."""
+    fake = SimpleNamespace(models=["another-model"], address="", open=asyncio.Event())
+    fake.open.set()
 
     async def answer(_):
+        await fake.open.wait()
         return web.json_response({"data": [{"id": name} for name in fake.models]})
 
     app = web.Application()
@@ -321,6 +324,70 @@ async def test_what_may_not_be_listed_stops_nothing_else(api, rig):
         assert [one.policy for one in rig.servers.sets[0][1].snapshots] == ["auto"]
         rig.cluster.forbidden = set()
         await rig.until(lambda: rig.reason("chat", "Ready", Kind.EXPERT) == "NoEndpoints")
+
+
+async def test_an_inference_pool_crd_that_comes_later_is_found_soon(api, rig, monkeypatch):
+    monkeypatch.setattr(runtime, "POOLS_INTERVAL_S", 0.01)
+    rig.cluster.missing = {Kind.POOL}
+    rig.cluster.put(api.policy(), api.expert(inferencePool={"name": "ants"}))
+    async with rig.running(resync_interval_s=3600.0):
+        reason = "InferencePoolNotInstalled"
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == reason)
+        rig.cluster.missing = set()
+        reason = "InferencePoolNotFound"
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == reason)
+        looks = rig.cluster.log.count(("list", Kind.POOL))
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+        assert rig.cluster.log.count(("list", Kind.POOL)) == looks, "it is there: no more looks"
+
+
+async def test_an_inference_pool_crd_that_nobody_waits_for_is_not_looked_for(api, rig, monkeypatch):
+    monkeypatch.setattr(runtime, "POOLS_INTERVAL_S", 0.001)
+    rig.cluster.missing = {Kind.POOL}
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+        assert rig.cluster.log.count(("list", Kind.POOL)) == 1
+
+
+async def test_engines_are_asked_before_the_first_status_is_written(api, rig, engine):
+    experts = [api.expert(f"e{number}", addresses=[engine.address]) for number in range(20)]
+    engine.models = [one["spec"]["model"] for one in experts]
+    rig.cluster.put(api.policy(), *experts)
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: rig.reason("auto", "Ready") == "Serving")
+        for one in experts:
+            name = one["metadata"]["name"]
+            await rig.until(lambda n=name: rig.reason(n, "ModelServed", Kind.EXPERT))
+    statuses = [one.ref.key.name for what, one in rig.cluster.writes() if what == "status"]
+    assert sorted(statuses) == sorted(["auto", *(one["metadata"]["name"] for one in experts)])
+    assert rig.reason("e0", "ModelServed", Kind.EXPERT) == "ModelListed"
+
+
+async def test_an_engine_that_hangs_does_not_keep_statuses_back(api, rig, engine, monkeypatch):
+    monkeypatch.setattr(runtime, "FIRST_SETTLE_S", 0.01)
+    engine.open.clear()
+    rig.cluster.put(api.policy(), api.expert(addresses=[engine.address]))
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NotProbed")
+        engine.open.set()
+
+
+async def test_a_stop_amid_many_writes_leaves_nothing_unawaited(api, rig):
+    rig.cluster.put(api.policy(), *(api.expert(f"e{number}") for number in range(20)))
+    rig.cluster.write_status = blocked(rig.cluster)
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: ("status", "blocked") in rig.cluster.log)
+    gc.collect()  # a coroutine that was never awaited would be told of by now
+
+
+def blocked(cluster):
+    async def write(_):
+        cluster.log.append(("status", "blocked"))
+        cluster.changed.set()
+        await asyncio.Event().wait()
+
+    return write
 
 
 async def test_without_experts_and_policies_nothing_is_known(api, rig):
