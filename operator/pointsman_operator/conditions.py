@@ -263,8 +263,8 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 
 
-_ALARMING: Final = frozenset({Reason.SNAPSHOT_TOO_LARGE})
-"""Worth a warning though the condition stays true."""
+_ALARMING: Final = frozenset({Reason.SNAPSHOT_TOO_LARGE, Reason.DEGRADED})
+"""Worth a warning though the condition stays true, and its end worth an Event."""
 
 
 def transitions(
@@ -282,7 +282,7 @@ def transitions(
         old = before.get(kind)
         alarming = condition["reason"] in _ALARMING
         known = old is not None and old["status"] == status
-        if alarming and old is not None:
+        if old is not None and (alarming or old.get("reason") in _ALARMING):
             known = known and old.get("reason") == condition["reason"]
         if status == UNKNOWN or known:
             continue

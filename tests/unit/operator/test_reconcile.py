@@ -797,6 +797,25 @@ def test_a_policy_is_degraded_when_some_expert_does_not_answer(api):
     assert api.message(outcome, "auto", "Ready") == text
 
 
+def test_a_policy_that_degrades_and_recovers_tells_of_both_once(api):
+    world = (api.policy(), api.expert(addresses=[A1]), api.expert("chat", addresses=[A2]))
+    first = api.reconcile(api.observe(*world))
+    servers = {"a": api.acknowledging(first)}
+
+    def told(previous, probe):
+        seen = api.observe(*world, servers=servers, probes={A1: probe, A2: LOCKED})
+        outcome = api.reconcile(seen, previous)
+        events = [e for w in outcome.statuses if w.ref.key == AUTO for e in w.events]
+        return outcome.next, [(one.warning, one.reason) for one in events]
+
+    now, events = told(first.next, SILENT)
+    assert (True, "Degraded") in events
+    assert told(now, SILENT)[1] == []
+    now, events = told(now, GOOD)
+    assert events == [(False, "Serving")]
+    assert told(now, SILENT)[1] == [(True, "Degraded")]
+
+
 def test_a_restart_forgets_not_that_no_expert_answers(api):
     world = (api.policy(), api.expert(addresses=[A1]))
     first = serving(api, *world, probes={A1: SILENT})
