@@ -61,9 +61,12 @@ def is_gone(error: BaseException | None) -> bool:
 
 
 def _quieten(record: logging.LogRecord) -> bool:
-    """Let kopf's word for a failure of a watch be a warning when `is_gone`."""
+    """Let a failure of kopf's watch be a warning when `is_gone`.
+
+    asyncio tells of those for which kopf did not wait.
+    """
     error = record.exc_info[1] if record.exc_info else None
-    if record.name.startswith("kopf.") and is_gone(error):
+    if record.name.startswith(("kopf.", "asyncio")) and is_gone(error):
         record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
         record.exc_info = None
     return True

@@ -62,12 +62,12 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
 
 async def stop(memo: kopf.Memo, **_: Any) -> None:  # noqa: ANN401
     """Stop what `start` has started."""
-    operator = memo.get("operator")
-    if operator is not None:
-        await operator.stop()
     ending = memo.get("ending")
     if ending is not None:
         ending.set()
+    operator = memo.get("operator")
+    if operator is not None:
+        await operator.stop()
 
 
 def configure(settings: kopf.OperatorSettings) -> None:

@@ -8,7 +8,7 @@ written is kept, and Kubernetes need not count restarts.
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import kopf
@@ -23,6 +23,8 @@ from pointsman_operator.settings import OperatorSettings
 
 FIRST_PAUSE_S: Final = 0.5
 LAST_PAUSE_S: Final = 30.0
+PATIENCE_S: Final = 6.0
+"""How long kopf may take to end: it gives others 5 s."""
 GOOD_RUN_S: Final = 60.0
 """After a run of this length the pauses are short again."""
 
@@ -82,6 +84,8 @@ async def operate(
         # The cleanup sets it too: kopf waits for whoever waits for its flag, for 5 s.
         ending=ending,
     )
+    # Begun before kopf, which in the end cancels all that began after it.
+    reaper = asyncio.create_task(end_stragglers(ending, others=asyncio.all_tasks()))
     try:
         await kopf.operator(
             clusterwide=not settings.namespaces,
@@ -95,11 +99,32 @@ async def operate(
             raise StartError(refusal) from error
         raise
     finally:
+        reaper.cancel()
         if stop_flag is not None:
             stop_flag.set()  # kopf waits for it in a thread, which would keep the loop from closing
         await cluster.close()
     if why:
         raise StaleWatchesError(why[0])
+
+
+async def end_stragglers(
+    ending: asyncio.Event,
+    *,
+    others: Collection[asyncio.Task[Any]],
+    patience_s: float = PATIENCE_S,
+) -> None:
+    """Once it is ending, cancel again and again what is left, but for ``others``.
+
+    A watcher of kopf swallows a cancellation that comes while it leaves a stream: it then goes
+    on for ever, and kopf waits for it.
+    """
+    await ending.wait()
+    while True:
+        await asyncio.sleep(patience_s)
+        left = asyncio.all_tasks() - {*others, asyncio.current_task()}
+        log.warning("ending what is left", tasks=sorted(task.get_name() for task in left))
+        for task in left:
+            task.cancel()
 
 
 async def forbidden_kinds(cluster: Cluster) -> frozenset[Kind]:

@@ -113,6 +113,7 @@ class AnswerError(Exception):
     [
         ("kopf._core.reactor.orchestration", 404, "warning"),
         ("kopf._core.reactor.orchestration", 410, "warning"),
+        ("asyncio", 410, "warning"),
         ("kopf._core.reactor.orchestration", 400, "error"),
         ("pointsman_operator.runtime", 404, "error"),
     ],

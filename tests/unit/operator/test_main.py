@@ -223,6 +223,30 @@ def test_every_kind_is_watched():
     assert watched == expected
 
 
+async def test_a_task_that_swallows_a_cancellation_is_cancelled_again():
+    """As kopf's watchers do now and then; it would wait for them for ever."""
+    ending, swallowed = asyncio.Event(), asyncio.Event()
+    reaper = asyncio.create_task(
+        supervise.end_stragglers(ending, others=asyncio.all_tasks(), patience_s=0.001)
+    )
+
+    async def stubborn():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        swallowed.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(stubborn())
+    await asyncio.sleep(0)
+    task.cancel()
+    await swallowed.wait()
+    ending.set()
+    async with asyncio.timeout(20):
+        await asyncio.wait({task})
+    assert task.cancelled()
+    reaper.cancel()
+
+
 # --- supervision -----------------------------------------------------------------------
 
 
