@@ -313,7 +313,7 @@ class RoutingPolicyStatus(Status):
 
     conditions: Conditions = Field(
         default_factory=list,
-        description="Accepted, ResolvedRefs, ModelLoaded, Programmed and Ready.",
+        description="Ready, Accepted, ResolvedRefs, ModelLoaded and Programmed.",
     )
     snapshot_version: Annotated[str, Field(pattern=VERSION_PATTERN, max_length=16)] | None = Field(
         default=None, description="Version of the snapshot that was last published."

@@ -36,7 +36,7 @@ CONNECT_TIMEOUT_S: Final = 5.0
 READ_TIMEOUT_S: Final = 30.0
 
 _APPLY: Final = "application/apply-patch+yaml"
-_NOT_FOUND, _CONFLICT, _GONE = 404, 409, 410
+_FORBIDDEN, _NOT_FOUND, _CONFLICT, _GONE = 403, 404, 409, 410
 
 JsonObject = dict[str, Any]
 _T = TypeVar("_T")
@@ -50,6 +50,16 @@ class ApiPath:
     plural: str
     selector: str = ""
     """Label selector of lists."""
+
+    @property
+    def group(self) -> str:
+        """API group; empty for the core."""
+        return self.root.split("/")[2] if self.root.startswith("/apis/") else ""
+
+    @property
+    def version(self) -> str:
+        """API version without the group."""
+        return self.root.rpartition("/")[2]
 
     def path(self, namespace: str = "", name: str = "", sub: str = "") -> str:
         """Of the collection, of one namespace's, or of one object."""
@@ -70,20 +80,29 @@ PATHS: Final[Mapping[Kind, ApiPath]] = {
     Kind.CONFIG_MAP: ApiPath("/api/v1", "configmaps", f"{SNAPSHOT_LABEL}=true"),
 }
 _EVENTS: Final = ApiPath("/api/v1", "events")
+_REVIEWS: Final = ApiPath("/apis/authorization.k8s.io/v1", "selfsubjectaccessreviews")
+_NAMESPACE_TERMINATING: Final = "NamespaceTerminating"
 
 
 class ClusterError(OSError):
     """The API server refused, failed, or could not be reached."""
 
-    def __init__(self, message: str, *, status: int = 0) -> None:
+    def __init__(self, message: str, *, status: int = 0, cause: str = "") -> None:
         super().__init__(message)
         self.status = status
         """HTTP status; 0 if there was no answer."""
+        self.cause = cause
+        """The API's word for the cause, if it gave one."""
+
+    @property
+    def forbidden(self) -> bool:
+        """The operator's role lacks the permission."""
+        return self.status == _FORBIDDEN and self.cause != _NAMESPACE_TERMINATING
 
     @property
     def object_is_gone(self) -> bool:
-        """The object was deleted, or is another one of the same name by now."""
-        return self.status in (_NOT_FOUND, _CONFLICT)
+        """It was deleted, is another one of the same name by now, or ends with its namespace."""
+        return self.status in (_NOT_FOUND, _CONFLICT) or self.cause == _NAMESPACE_TERMINATING
 
 
 class Cluster(Protocol):
@@ -91,6 +110,9 @@ class Cluster(Protocol):
 
     async def list_all(self, kind: Kind) -> Sequence[JsonObject] | None:
         """All objects of a kind; ``None`` if the API server does not know the kind."""
+
+    async def may_watch(self, kind: Kind) -> bool:
+        """Whether the operator's role lets it list and watch a kind."""
 
     async def write_snapshot(self, write: SnapshotWrite) -> None:
         """Create or change a policy's ConfigMap."""
@@ -128,6 +150,17 @@ class KubernetesCluster:
                 return None
             raise
         return items
+
+    async def may_watch(self, kind: Kind) -> bool:
+        """Whether the operator's role lets it list and watch a kind."""
+        calls = [
+            self._run(partial(self._call, "POST", _REVIEWS.path(), body=review(kind, verb, where)))
+            for where in self._namespaces or ("",)
+            for verb in ("list", "watch")
+        ]
+        answers = await asyncio.gather(*calls)
+        # Only a plain no counts: who cannot tell lets the attempt tell.
+        return all((one.get("status") or {}).get("allowed") is not False for one in answers)
 
     async def write_snapshot(self, write: SnapshotWrite) -> None:
         """Create or change a policy's ConfigMap."""
@@ -232,8 +265,16 @@ class KubernetesCluster:
         if not 200 <= response.status < 300:
             message = answer.get("message") if isinstance(answer, dict) else None
             text = f"{method} {path}: {response.status}: {message or response.reason}"
-            raise ClusterError(text, status=response.status)
+            raise ClusterError(text, status=response.status, cause=_cause(answer))
         return answer if isinstance(answer, dict) else {}
+
+
+def _cause(answer: object) -> str:
+    """The first cause in the details of a ``Status``; empty if there is none."""
+    try:
+        return str(answer["details"]["causes"][0]["reason"])  # type: ignore[index]
+    except (LookupError, TypeError):
+        return ""
 
 
 def connect(namespaces: Sequence[str]) -> KubernetesCluster:
@@ -277,6 +318,23 @@ def config_map(write: SnapshotWrite) -> JsonObject:
             ],
         },
         "data": {SNAPSHOT_KEY: write.snapshot.model_dump_json()},
+    }
+
+
+def review(kind: Kind, verb: str, namespace: str) -> JsonObject:
+    """A question whether the operator itself may do something; an empty namespace means all."""
+    where = PATHS[kind]
+    return {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {
+            "resourceAttributes": {
+                "group": where.group,
+                "resource": where.plural,
+                "verb": verb,
+                "namespace": namespace,
+            }
+        },
     }
 
 

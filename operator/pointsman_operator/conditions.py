@@ -35,6 +35,7 @@ class Reason(StrEnum):
     """Why a condition has its status; part of the API, like the conditions' names."""
 
     INVALID_SPEC = "InvalidSpec"
+    NOT_PERMITTED = "NotPermitted"
     # LLMExpert
     ENDPOINTS_READY = "EndpointsReady"
     NO_ENDPOINTS = "NoEndpoints"
@@ -67,6 +68,7 @@ class Reason(StrEnum):
     NO_POLICY_SERVERS = "NoPolicyServers"
     SERVING = "Serving"
     DEGRADED = "Degraded"
+    SNAPSHOT_TOO_LARGE = "SnapshotTooLarge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +90,19 @@ def _meanings(
 
 _UNRESOLVED: Final = (
     (FALSE, Reason.INVALID_SPEC, "the spec is not valid for this version of the operator"),
+    (FALSE, Reason.NOT_PERMITTED, "the operator's role does not let it read the backend"),
     (FALSE, Reason.SERVICE_NOT_FOUND, "`backend.service.name` does not exist"),
     (FALSE, Reason.SERVICE_NOT_SUPPORTED, "the Service is an ExternalName: write `addresses`"),
     (FALSE, Reason.PORT_NOT_FOUND, "the Service has no TCP port `backend.service.port`"),
     (FALSE, Reason.POOL_NOT_FOUND, "`backend.inferencePool.name` does not exist"),
     (FALSE, Reason.POOL_NOT_INSTALLED, "the cluster has no InferencePool v1 CRD"),
 )
+
+_LEADS_NOWHERE: Final = frozenset(
+    {reason for _, reason, _ in _UNRESOLVED} | {Reason.NONE_ANSWERS, Reason.MODEL_NOT_LISTED}
+)
+
+_HELD: Final = "not accepted; the last good snapshot, if there is one, stays in force"
 
 MEANINGS: Final = (
     *_meanings(
@@ -103,7 +112,7 @@ MEANINGS: Final = (
         (FALSE, Reason.NO_ENDPOINTS, "the backend was found but has no endpoints"),
         (FALSE, Reason.NO_READY_ENDPOINTS, "none of the endpoints is ready"),
         (FALSE, Reason.NONE_ANSWERS, "endpoints are ready, but none answers the operator"),
-        (FALSE, Reason.MODEL_NOT_LISTED, "the engine serves other models"),
+        (FALSE, Reason.MODEL_NOT_LISTED, "all ready endpoints serve other models"),
         *_UNRESOLVED,
     ),
     *_meanings(
@@ -124,11 +133,32 @@ MEANINGS: Final = (
     ),
     *_meanings(
         POLICY,
+        Type.READY,
+        (TRUE, Reason.SERVING, "requests are routed"),
+        (TRUE, Reason.DEGRADED, "requests are routed, but not all experts are ready"),
+        (
+            TRUE,
+            Reason.SNAPSHOT_TOO_LARGE,
+            "requests are routed, but the snapshot does not fit a ConfigMap",
+        ),
+        (FALSE, Reason.INVALID_SPEC, _HELD),
+        (FALSE, Reason.UNKNOWN_ALGORITHM, _HELD),
+        (FALSE, Reason.MODEL_NAME_CONFLICT, _HELD),
+        (FALSE, Reason.NO_EXPERTS, "the selector finds no expert"),
+        (FALSE, Reason.NO_READY_ENDPOINTS, "no expert has a ready endpoint with its model"),
+        (FALSE, Reason.NONE_ANSWERS, "endpoints are ready, but none answers the operator"),
+        (UNKNOWN, Reason.PENDING, "it is being sent to the policy servers"),
+        (FALSE, Reason.REFUSED, "as in Programmed"),
+        (FALSE, Reason.SERVER_UNREACHABLE, "as in Programmed"),
+        (FALSE, Reason.NO_POLICY_SERVERS, "as in Programmed"),
+    ),
+    *_meanings(
+        POLICY,
         Type.ACCEPTED,
         (TRUE, Reason.ACCEPTED, "the spec is valid and its model names are free"),
         (FALSE, Reason.INVALID_SPEC, "the spec is not valid for this version of the operator"),
         (FALSE, Reason.UNKNOWN_ALGORITHM, "this version of the operator lacks the algorithm"),
-        (FALSE, Reason.MODEL_NAME_CONFLICT, "an older policy answers one of the model names"),
+        (FALSE, Reason.MODEL_NAME_CONFLICT, "another policy answers one of the model names"),
     ),
     *_meanings(
         POLICY,
@@ -153,21 +183,6 @@ MEANINGS: Final = (
         (FALSE, Reason.SERVER_UNREACHABLE, "a policy server does not answer"),
         (FALSE, Reason.NO_POLICY_SERVERS, "no policy server is ready"),
         (FALSE, Reason.NOT_ACCEPTED, "the spec was not accepted"),
-    ),
-    *_meanings(
-        POLICY,
-        Type.READY,
-        (TRUE, Reason.SERVING, "requests are routed"),
-        (TRUE, Reason.DEGRADED, "requests are routed, but not all experts could be resolved"),
-        (FALSE, Reason.INVALID_SPEC, "not accepted; the last good snapshot stays in force"),
-        (FALSE, Reason.UNKNOWN_ALGORITHM, "not accepted; the last good snapshot stays in force"),
-        (FALSE, Reason.MODEL_NAME_CONFLICT, "not accepted; nothing of it is in force"),
-        (FALSE, Reason.NO_EXPERTS, "the selector finds no expert"),
-        (FALSE, Reason.NO_READY_ENDPOINTS, "no expert has a ready endpoint"),
-        (UNKNOWN, Reason.PENDING, "it is being sent to the policy servers"),
-        (FALSE, Reason.REFUSED, "as in Programmed"),
-        (FALSE, Reason.SERVER_UNREACHABLE, "as in Programmed"),
-        (FALSE, Reason.NO_POLICY_SERVERS, "as in Programmed"),
     ),
 )
 """All that can be seen in ``kubectl describe``."""
@@ -248,29 +263,40 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 
 
+_ALARMING: Final = frozenset({Reason.SNAPSHOT_TOO_LARGE, Reason.DEGRADED})
+"""Worth a warning though the condition stays true, and its end worth an Event."""
+
+
 def transitions(
     before: Mapping[str, JsonObject], after: Iterable[JsonObject]
 ) -> tuple[Transition, ...]:
     """What to tell as Events.
 
-    A change to Unknown is no news, and at first sight only refusals and readiness are.
+    A change to Unknown is no news, and at first sight only refusals, readiness and
+    references that lead nowhere are.
     `Ready` is silent where another condition says the same.
     """
     found: dict[tuple[str, str], Transition] = {}
-    for condition in after:
+    for condition in sorted(after, key=lambda one: one["type"] == Type.READY):
         kind, status = condition["type"], condition["status"]
         old = before.get(kind)
-        if status == UNKNOWN or (old is not None and old["status"] == status):
+        alarming = condition["reason"] in _ALARMING
+        known = old is not None and old["status"] == status
+        if old is not None and (alarming or old.get("reason") in _ALARMING):
+            known = known and old.get("reason") == condition["reason"]
+        if status == UNKNOWN or known:
             continue
-        if old is None and not _news_at_first_sight(kind, status):
+        if old is None and not _news_at_first_sight(condition):
             continue
         message = f"{kind}: {condition['message']}"
-        event = Transition(status == FALSE, condition["reason"], shorten(message))
+        event = Transition(status == FALSE or alarming, condition["reason"], shorten(message))
         found.setdefault((status, condition["reason"]), event)
     return tuple(found.values())
 
 
-def _news_at_first_sight(kind: str, status: str) -> bool:
+def _news_at_first_sight(condition: JsonObject) -> bool:
+    kind, status = condition["type"], condition["status"]
     if kind == Type.READY:
-        return status == TRUE
+        # An expert that only starts is no news, one that leads nowhere is.
+        return status == TRUE or condition["reason"] in _LEADS_NOWHERE
     return status == FALSE and kind in (Type.ACCEPTED, Type.RESOLVED_REFS)

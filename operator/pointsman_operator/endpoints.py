@@ -5,9 +5,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 
-from pointsman_core.resources import LLMExpert, ServiceBackend
+from pointsman_core.resources import Backend, LLMExpert, ServiceBackend
 from pointsman_operator.conditions import Reason
-from pointsman_operator.observed import EndpointSlice, Key, Observed, Pod, Service, ServicePort
+from pointsman_operator.observed import (
+    EndpointSlice,
+    Key,
+    Kind,
+    Observed,
+    Pod,
+    Service,
+    ServicePort,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,9 @@ class Resolver:
     def resolve(self, expert: LLMExpert) -> Resolution:
         """The endpoints of an expert."""
         backend, namespace = expert.spec.backend, expert.metadata.namespace
+        if (kind := self._unreadable(backend)) is not None:
+            text = f"the operator is not permitted to list {kind}: see its role"
+            return _fault(Reason.NOT_PERMITTED, text)
         if backend.service is not None:
             return self._by_service(namespace, backend.service)
         if backend.pod_selector is not None:
@@ -64,6 +75,16 @@ class Resolver:
                     # While slices are rearranged an endpoint may be in two of them.
                     found[address] = found.get(address, False) or endpoint.ready
         return found
+
+    def _unreadable(self, backend: Backend) -> Kind | None:
+        needed: tuple[Kind, ...] = ()
+        if backend.service is not None:
+            needed = (Kind.SERVICE, Kind.SLICE)
+        elif backend.pod_selector is not None:
+            needed = (Kind.POD,)
+        elif backend.inference_pool is not None:
+            needed = (Kind.POOL, Kind.POD)
+        return next((kind for kind in needed if kind in self._observed.unreadable), None)
 
     def _by_service(self, namespace: str, backend: ServiceBackend) -> Resolution:
         key = Key(namespace, backend.name)
@@ -92,16 +113,15 @@ class Resolver:
     def _by_pods(
         self, namespace: str, labels: Mapping[str, str], ports: Iterable[int]
     ) -> Resolution:
+        found: dict[str, bool] = {}
         ports = tuple(ports)
-        return _resolution(
-            {
-                address: pod.ready
-                for pod in self._select(namespace, labels)
-                if not pod.gone
-                for port in ports
-                if (address := format_address(pod.ip, port)) is not None
-            }
-        )
+        for pod in self._select(namespace, labels):
+            addresses = () if pod.gone else (format_address(pod.ip, port) for port in ports)
+            for address in addresses:
+                if address is not None:
+                    # Pods on their host's network share its address: the one that serves counts.
+                    found[address] = found.get(address, False) or pod.ready
+        return _resolution(found)
 
     def _select(self, namespace: str, labels: Mapping[str, str]) -> list[Pod]:
         if not labels:

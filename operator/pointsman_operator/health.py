@@ -45,6 +45,11 @@ class Health:
                 watch.silent_misses += 1
             watch.events = count
 
+    @property
+    def silent_watches(self) -> list[Kind]:
+        """Kinds whose watch has missed changes and said nothing since."""
+        return [kind for kind, watch in self._watches.items() if watch.silent_misses]
+
     def problems(self, *, now: float) -> list[str]:
         """Why the process should be restarted; empty when it should not."""
         stuck = [

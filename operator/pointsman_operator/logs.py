@@ -6,6 +6,8 @@ import sys
 import structlog
 from structlog.typing import Processor
 
+_GONE = (404, 410)
+
 _SHARED: list[Processor] = [
     structlog.contextvars.merge_contextvars,
     structlog.processors.add_log_level,
@@ -36,6 +38,7 @@ def configure_logs(*, level: str, style: str) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_quieten)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=_SHARED,
@@ -50,3 +53,20 @@ def configure_logs(*, level: str, style: str) -> None:
     root.setLevel(number)
     # It tells each request's attempt and each handler's success.
     logging.getLogger("kopf").setLevel(max(number, logging.WARNING))
+
+
+def is_gone(error: BaseException | None) -> bool:
+    """Whether a watch ended as its kind or its version is gone, which another run mends."""
+    return getattr(error, "status", None) in _GONE
+
+
+def _quieten(record: logging.LogRecord) -> bool:
+    """Let a failure of kopf's watch be a warning when `is_gone`.
+
+    asyncio tells of those for which kopf did not wait.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if record.name.startswith(("kopf.", "asyncio")) and is_gone(error):
+        record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
+        record.exc_info = None
+    return True

@@ -5,18 +5,21 @@ kopf itself, no annotation and no finalizer. Settings come from the environment
 (`settings_from_environment`), or from `pointsman_operator.cli` by kopf's memo.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import kopf
 
-from pointsman_core.resources import GROUP, VERSION
-from pointsman_operator.cluster import ClusterError, connect
+from pointsman_core.resources import GROUP
+from pointsman_operator.cluster import PATHS, ClusterError, connect
 from pointsman_operator.observed import Kind
 from pointsman_operator.runtime import Memory, Operator
 from pointsman_operator.settings import settings_from_environment
 
 PREFIX: Final = GROUP
+
+WATCHED: Final = tuple(kind for kind in Kind if kind is not Kind.CONFIG_MAP)
+"""ConfigMaps are listed from time to time only: nobody else should write them."""
 
 SERVER_TIMEOUT_S: Final = 300
 """Each watch is renewed so often; kopf's own inactivity time-out finds dead ones sooner."""
@@ -36,7 +39,6 @@ class Backoffs:
             yield 2.0
 
 
-@kopf.on.startup()
 async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:  # noqa: ANN401
     """Set kopf up and start what runs beside it."""
     configure(settings)
@@ -44,7 +46,13 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
         ours = memo.get("settings") or settings_from_environment()
         settings.scanning.disabled = bool(ours.namespaces)
         cluster = memo.get("cluster") or connect(ours.namespaces)
-        operator = Operator(ours, cluster, memory=memo.get("memory") or Memory())
+        operator = Operator(
+            ours,
+            cluster,
+            memory=memo.get("memory") or Memory(),
+            unwatched=memo.get("unwatched") or (),
+            on_stale_watches=memo.get("on_stale_watches"),
+        )
         await operator.start()
     except (ClusterError, ValueError, OSError) as error:
         memo.refusal = str(error)  # for `supervise`: to start again would not help
@@ -52,9 +60,11 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
     memo.operator = operator
 
 
-@kopf.on.cleanup()
 async def stop(memo: kopf.Memo, **_: Any) -> None:  # noqa: ANN401
     """Stop what `start` has started."""
+    ending = memo.get("ending")
+    if ending is not None:
+        ending.set()
     operator = memo.get("operator")
     if operator is not None:
         await operator.stop()
@@ -76,37 +86,22 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.watching.reconnect_backoff = 0.1
 
 
-@kopf.on.event(GROUP, VERSION, "llmexperts")
-async def on_expert(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:  # noqa: ANN401
-    """Feed."""
-    memo.operator.feed(Kind.EXPERT, event)
+async def feed(*, event: kopf.RawEvent, memo: kopf.Memo, param: Any = None, **_: Any) -> None:  # noqa: ANN401
+    """Hand one watch event on."""
+    memo.operator.feed(param, event)
 
 
-@kopf.on.event(GROUP, VERSION, "routingpolicies")
-async def on_policy(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:  # noqa: ANN401
-    """Feed."""
-    memo.operator.feed(Kind.POLICY, event)
+def register(registry: kopf.OperatorRegistry, kinds: Iterable[Kind]) -> None:
+    """Have these kinds watched, with the credentials that the official client finds."""
+    kopf.on.login(errors=kopf.ErrorsMode.IGNORED, registry=registry)(kopf.login_via_client)
+    kopf.on.startup(registry=registry)(start)
+    kopf.on.cleanup(registry=registry)(stop)
+    for kind in kinds:
+        where = PATHS[kind]
+        watch = kopf.on.event(
+            where.group, where.version, where.plural, id=kind.lower(), param=kind, registry=registry
+        )
+        watch(feed)
 
 
-@kopf.on.event("", "v1", "services")
-async def on_service(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:  # noqa: ANN401
-    """Feed."""
-    memo.operator.feed(Kind.SERVICE, event)
-
-
-@kopf.on.event("discovery.k8s.io", "v1", "endpointslices")
-async def on_slice(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:  # noqa: ANN401
-    """Feed."""
-    memo.operator.feed(Kind.SLICE, event)
-
-
-@kopf.on.event("", "v1", "pods")
-async def on_pod(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:  # noqa: ANN401
-    """Feed."""
-    memo.operator.feed(Kind.POD, event)
-
-
-@kopf.on.event("inference.networking.k8s.io", "v1", "inferencepools")
-async def on_pool(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:  # noqa: ANN401
-    """Feed."""
-    memo.operator.feed(Kind.POOL, event)
+register(kopf.get_default_registry(), WATCHED)  # for ``kopf run``

@@ -22,6 +22,10 @@ class Metrics:
             "pointsman_operator_snapshot_age_seconds", "Since the snapshot last changed.",
             ["policy"], registry=r,
         )  # fmt: skip
+        self.snapshot_bytes = Gauge(
+            "pointsman_operator_snapshot_bytes", "Size of the snapshot as a ConfigMap holds it.",
+            ["policy"], registry=r,
+        )  # fmt: skip
         self.pushes = Counter(
             "pointsman_operator_pushes", "Sets sent to policy servers.",
             ["server", "result"], registry=r,

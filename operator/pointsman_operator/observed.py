@@ -213,6 +213,8 @@ class Observed:
     pods: _Table[Key, Pod] = field(default_factory=_empty)
     pools: _Table[Key, Pool] = field(default_factory=_empty)
     pools_installed: bool = True
+    unreadable: frozenset[Kind] = frozenset()
+    """Kinds that the operator may not list."""
     servers: _Table[str, ServerState] = field(default_factory=_empty)
     probes: _Table[str, Probe] = field(default_factory=_empty)
     performance: _Table[Key, Performance] = field(default_factory=_empty)

@@ -1,7 +1,8 @@
 """Whether engines answer, and whether they serve the declared model.
 
-Once per interval and endpoint, with few at a time: routing does not depend on it, the
-policy servers look for themselves. The answers end in `Reachable` and `ModelServed`.
+Once per interval and endpoint, with few at a time. The answers end in `Reachable` and
+`ModelServed`; requests do not go to an endpoint that lists other models. Whether one lives
+the policy servers find out for themselves.
 """
 
 import asyncio
@@ -51,6 +52,11 @@ class Prober:
             if address not in self._tasks:
                 name = f"probe {address}"
                 self._tasks[address] = asyncio.create_task(self._watch(address), name=name)
+
+    @property
+    def settled(self) -> bool:
+        """Every address was asked at least once."""
+        return len(self._results) == len(self._tasks)
 
     def results(self) -> Mapping[str, Probe]:
         """The last result of every address that has one."""

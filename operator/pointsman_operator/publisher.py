@@ -10,7 +10,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final, Protocol
 
@@ -86,7 +86,8 @@ class ServerReport:
 
     instance_id: str
     applied: Applied
-    counts: Mapping[Key, PolicyCounts] = field(default_factory=dict)
+    counts: Mapping[Key, PolicyCounts] | None = None
+    """``None`` when it was not asked for them."""
 
 
 class ServerClient(Protocol):
@@ -169,7 +170,12 @@ class Publisher:
 
     def counts(self) -> list[Mapping[Key, PolicyCounts]]:
         """What every server counted, as last read."""
-        return [link.counts for link in self._links.values()]
+        return [link.counts or {} for link in self._links.values()]
+
+    @property
+    def asked(self) -> bool:
+        """Whether each server was asked for its counts, or cannot be."""
+        return all(link.counts is not None or link.error for link in self._links.values())
 
     @property
     def settled(self) -> bool:
@@ -194,7 +200,7 @@ class _Link:
         self.applied: Applied = {}
         self.error = ""
         self.refused = False
-        self.counts: Mapping[Key, PolicyCounts] = {}
+        self.counts: Mapping[Key, PolicyCounts] | None = None
         self._owner = owner
         self._address = address
         self._instance = ""
@@ -288,7 +294,8 @@ class _Link:
     def _take(self, report: ServerReport) -> None:
         self._instance = report.instance_id
         self._failures = 0
-        self.counts = report.counts or self.counts
+        if report.counts is not None:
+            self.counts = report.counts
         self._show(report.applied, "", refused=False)
 
     def _failed(self, error: Exception, wanted: SnapshotSet | None) -> None:

@@ -7,18 +7,25 @@ broken now, and what was written already, so that nothing is written twice.
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 
 from pointsman_core.resources import (
+    ConditionStatus,
     LLMExpert,
     LLMExpertStatus,
     ObjectMeta,
     RoutingPolicy,
     RoutingPolicyStatus,
 )
-from pointsman_core.snapshot import NO_VERSION, Candidate, Snapshot, compile_snapshot
+from pointsman_core.snapshot import (
+    NO_VERSION,
+    Candidate,
+    Snapshot,
+    canonical_address,
+    compile_snapshot,
+)
 from pointsman_operator.conditions import (
     FALSE,
     TRUE,
@@ -32,6 +39,8 @@ from pointsman_operator.conditions import (
     transitions,
 )
 from pointsman_operator.endpoints import Resolution, Resolver
+from pointsman_operator.fitness import Unfit, model_served, reachable, unfit
+from pointsman_operator.names import Claim, Names, settle
 from pointsman_operator.observed import (
     Declared,
     JsonObject,
@@ -43,9 +52,10 @@ from pointsman_operator.observed import (
     Probe,
     ServerState,
 )
+from pointsman_operator.wording import counted, listed, share
 
-_SHOWN: Final = 3
-"""Items that a message lists."""
+MAX_STORED_BYTES: Final = 1024 * 1024
+"""What the API server lets a ConfigMap hold."""
 
 _R = TypeVar("_R", LLMExpert, RoutingPolicy)
 
@@ -84,6 +94,8 @@ class Previous:
     """In force, by policy; after a start those of the ConfigMaps."""
     experts: Mapping[Key, Accepted[LLMExpert]] = field(default_factory=dict)
     policies: Mapping[Key, Accepted[RoutingPolicy]] = field(default_factory=dict)
+    unfit: Mapping[Key, Unfit] = field(default_factory=dict)
+    """Endpoints that serve other models, by expert; none is known after a start."""
     statuses: Mapping[Ref, JsonObject] = field(default_factory=dict)
     """As last written; where there is none the observed one counts."""
     stored: Mapping[Key, StoredSnapshot] = field(default_factory=dict)
@@ -127,18 +139,14 @@ class Outcome:
 
 def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
     """Decide everything anew; a second call with ``Outcome.next`` finds nothing to write."""
-    resolver = Resolver(observed)
-    experts = {
-        key: _view_expert(found, previous.experts.get(key), resolver)
-        for key, found in sorted(observed.experts.items())
-        if not found.meta.deleting
-    }
+    experts = _view_experts(observed, previous)
     policies = _view_policies(observed, previous, experts)
     snapshots = {p.meta.key: p.snapshot for p in policies if p.snapshot is not None}
     config_maps = tuple(
         SnapshotWrite(p.meta.key, p.meta.uid, p.snapshot)
         for p in policies
         if p.snapshot is not None
+        and p.storable
         and previous.stored.get(p.meta.key) != StoredSnapshot(p.snapshot.version, p.meta.uid)
     )
     served = {Key(s.namespace, c.expert) for s in snapshots.values() for c in s.candidates}
@@ -146,7 +154,7 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
         write
         for write in (
             *(
-                _expert_status(one, observed.probes, previous, now, in_force=key in served)
+                _expert_status(one, previous, now, in_force=key in served)
                 for key, one in experts.items()
             ),
             *(_policy_status(one, observed, previous, now) for one in policies),
@@ -163,17 +171,26 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
             snapshots=snapshots,
             experts={key: v.accepted for key, v in experts.items() if v.accepted is not None},
             policies={p.meta.key: p.accepted for p in policies if p.accepted is not None},
+            unfit={
+                key: Unfit(one.meta.uid, one.meta.generation, one.unfit)
+                for key, one in experts.items()
+            },
             statuses=_next_statuses(previous, statuses, experts, policies),
             stored={
-                key: StoredSnapshot(snapshots[key].version, p.meta.uid)
+                key: StoredSnapshot(p.snapshot.version, p.meta.uid)
+                if p.storable
+                else previous.stored[key]
                 for p in policies
-                if (key := p.meta.key) in snapshots
+                if p.snapshot is not None and ((key := p.meta.key) in previous.stored or p.storable)
             },
         ),
     )
 
 
 # --- experts ---------------------------------------------------------------------------
+
+
+_UNASKED: Final = Finding(Type.REACHABLE, UNKNOWN, Reason.NOT_PROBED, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,15 +204,54 @@ class _Expert:
     """Of the last good spec."""
     fault: Reason | None = None
     message: str = ""
+    reachable: Finding = _UNASKED
+    served: Finding = _UNASKED
+    unfit: frozenset[str] = frozenset()
+    """Ready endpoints that serve other models."""
 
     @property
     def meta(self) -> Meta:
         return self.found.meta
 
     @property
+    def usable(self) -> tuple[str, ...]:
+        """Endpoints that get requests."""
+        return tuple(one for one in self.resolution.ready if one not in self.unfit)
+
+    @property
+    def obstacle(self) -> Reason | None:
+        """Why it is not ready."""
+        if self.fault is not None:
+            return self.fault
+        if not self.resolution.ready:
+            return Reason.NO_READY_ENDPOINTS if self.resolution.total else Reason.NO_ENDPOINTS
+        if self.reachable.status == FALSE:
+            return self.reachable.reason
+        return None if self.usable else self.served.reason
+
+    @property
     def frozen(self) -> bool:
         """Nothing good is known but its candidates in the snapshot before."""
         return self.fault is not None and self.accepted is None
+
+
+def _view_experts(observed: Observed, previous: Previous) -> dict[Key, _Expert]:
+    resolver = Resolver(observed)
+    in_force = frozenset(
+        (Key(snapshot.namespace, one.expert), one.address)
+        for snapshot in previous.snapshots.values()
+        for one in snapshot.candidates
+    )
+    return {
+        key: _judge(
+            _view_expert(found, previous.experts.get(key), resolver),
+            observed.probes,
+            previous,
+            in_force,
+        )
+        for key, found in sorted(observed.experts.items())
+        if not found.meta.deleting
+    }
 
 
 def _view_expert(
@@ -204,17 +260,21 @@ def _view_expert(
     uid = found.meta.uid
     if found.resource is None:
         fault: Reason | None = Reason.INVALID_SPEC
-        message = _listed(found.problems)
+        message = listed(found.problems)
     else:
         resolution = resolver.resolve(found.resource)
         fault, message = resolution.fault, resolution.message
         if fault is None:
             return _Expert(found, Accepted(uid, found.resource), resolution)
+    unknown = _Expert(found, None, Resolution(), fault, message)
     if last is None or last.uid != uid:
-        return _Expert(found, None, Resolution(), fault, message)
+        return unknown
     # What it had goes on, looked up anew: pods may have moved, or be gone by now.
     current = last.resource.model_copy(update={"metadata": _object_meta(found.meta)})
-    return _Expert(found, Accepted(uid, current), resolver.resolve(current), fault, message)
+    resolution = resolver.resolve(current)
+    if resolution.fault is Reason.NOT_PERMITTED:
+        return unknown  # what may not be looked up is not gone: its part of the snapshot stays
+    return _Expert(found, Accepted(uid, current), resolution, fault, message)
 
 
 def _object_meta(meta: Meta) -> ObjectMeta:
@@ -226,81 +286,99 @@ def _object_meta(meta: Meta) -> ObjectMeta:
     )
 
 
-def _expert_status(
+def _judge(
     expert: _Expert,
     probes: Mapping[str, Probe],
     previous: Previous,
-    now: datetime,
-    *,
-    in_force: bool,
-) -> StatusWrite | None:
-    ready = expert.resolution.ready
+    in_force: frozenset[tuple[Key, str]],
+) -> _Expert:
+    """What probes say of it."""
+    ready, found = expert.resolution.ready, expert.found
+    resource = None if expert.accepted is None else expert.accepted.resource
     probed = {address: probes[address] for address in ready if address in probes}
-    reachable = _reachable(ready, probed)
-    served = _model_served(expert.found.resource, probed)
-    return _status_write(
-        Kind.EXPERT,
-        expert.found,
-        [_expert_ready(expert, reachable, served, in_force=in_force), reachable, served],
-        {"endpoints": {"ready": len(ready), "total": expert.resolution.total}},
-        previous,
-        now,
+    answers, served = reachable(ready, probed), model_served(resource, probed)
+    if len(probed) < len(ready):
+        # Not all were asked since the start, or since one was added: no reason to forget.
+        answers = _as_before(answers, found, previous)
+        served = _as_before(served, found, previous)
+    if resource is None:
+        return replace(expert, reachable=answers, served=served)
+    out = unfit(resource, ready, probed, _unfit_before(expert, previous, in_force))
+    if out and served.status != FALSE:  # they are silent now, or were not asked yet
+        text = f"{listed(sorted(out))} did not serve {resource.spec.model} when last asked"
+        told = Finding(Type.MODEL_SERVED, FALSE, Reason.MODEL_NOT_LISTED, text)
+        before = _before(Type.MODEL_SERVED, found, previous)
+        served = before if before is not None and before.status == FALSE else told
+    return replace(expert, reachable=answers, served=served, unfit=out)
+
+
+def _unfit_before(
+    expert: _Expert, previous: Previous, in_force: frozenset[tuple[Key, str]]
+) -> frozenset[str]:
+    """Endpoints that served other models when they last answered."""
+    meta = expert.meta
+    known = previous.unfit.get(meta.key)
+    if known is not None:
+        same = (known.uid, known.generation) == (meta.uid, meta.generation)
+        return known.addresses if same else frozenset()
+    before = _before(Type.MODEL_SERVED, expert.found, previous)
+    if before is None or before.status != FALSE:
+        return frozenset()
+    # After a start: the status says that there are some, the snapshots which are none.
+    return frozenset(
+        address
+        for address in expert.resolution.ready
+        if (meta.key, canonical_address(address)) not in in_force
     )
 
 
-def _expert_ready(
-    expert: _Expert, reachable: Finding, served: Finding, *, in_force: bool
-) -> Finding:
-    resolution = expert.resolution
-    if expert.fault is not None:
-        held = "; what was in force before stays" if in_force else ""
-        return Finding(Type.READY, FALSE, expert.fault, expert.message + held)
-    if not resolution.ready:
-        if not resolution.total:
-            return Finding(Type.READY, FALSE, Reason.NO_ENDPOINTS, "there are no endpoints")
-        text = f"0 of {resolution.total} endpoints are ready"
-        return Finding(Type.READY, FALSE, Reason.NO_READY_ENDPOINTS, text)
-    for other in (reachable, served):
-        if other.status == FALSE:
-            return Finding(Type.READY, FALSE, other.reason, other.message)
-    text = f"{len(resolution.ready)} of {resolution.total} endpoints are ready"
-    if expert.found.ignored:
-        text += f"; ignored, as not known here: {_listed(expert.found.ignored)}"
-    return Finding(Type.READY, TRUE, Reason.ENDPOINTS_READY, text)
+def _expert_status(
+    expert: _Expert, previous: Previous, now: datetime, *, in_force: bool
+) -> StatusWrite | None:
+    findings = [_expert_ready(expert, in_force=in_force), expert.reachable, expert.served]
+    count = {"ready": len(expert.usable), "total": expert.resolution.total}
+    fields = {"endpoints": count}
+    return _status_write(Kind.EXPERT, expert.found, findings, fields, previous, now)
 
 
-def _reachable(ready: tuple[str, ...], probed: Mapping[str, Probe]) -> Finding:
-    if not ready or len(probed) < len(ready):
-        text = "not all ready endpoints were asked yet" if ready else "no endpoint is ready"
-        return Finding(Type.REACHABLE, UNKNOWN, Reason.NOT_PROBED, text)
-    silent = {address: probe.error for address, probe in probed.items() if not probe.answers}
-    if not silent:
-        text = f"{len(ready)} of {len(ready)} endpoints answer"
-        return Finding(Type.REACHABLE, TRUE, Reason.ALL_ANSWER, text)
-    count = f"{len(ready) - len(silent)} of {len(ready)} endpoints answer"
-    text = f"{count}: {_listed(f'{address} {error}' for address, error in silent.items())}"
-    if len(silent) < len(ready):
-        return Finding(Type.REACHABLE, TRUE, Reason.SOME_ANSWER, text)
-    return Finding(Type.REACHABLE, FALSE, Reason.NONE_ANSWERS, text)
+def _as_before(finding: Finding, found: Declared[LLMExpert], previous: Previous) -> Finding:
+    """What was found of the same generation, if nothing is known now."""
+    if finding.status != UNKNOWN:
+        return finding
+    return _before(finding.type, found, previous) or finding
 
 
-def _model_served(expert: LLMExpert | None, probed: Mapping[str, Probe]) -> Finding:
-    answering = {address: probe for address, probe in probed.items() if probe.answers}
-    if expert is None or not answering:
-        text = "no endpoint has answered"
-        return Finding(Type.MODEL_SERVED, UNKNOWN, Reason.NOT_PROBED, text)
-    model = expert.spec.model
-    for address, probe in answering.items():
-        if probe.models is not None and model not in probe.models:
-            listed = _listed(probe.models) or "no model"
-            text = f"{address} does not serve {model}; it serves {listed}"
-            return Finding(Type.MODEL_SERVED, FALSE, Reason.MODEL_NOT_LISTED, text)
-    for address, probe in answering.items():
-        if probe.models is None:
-            text = f"{address}: {probe.error or 'no list of models'}"
-            return Finding(Type.MODEL_SERVED, UNKNOWN, Reason.LIST_UNAVAILABLE, text)
-    text = f"{model} is listed by /v1/models"
-    return Finding(Type.MODEL_SERVED, TRUE, Reason.MODEL_LISTED, text)
+def _before(type_: Type, found: Declared[LLMExpert], previous: Previous) -> Finding | None:
+    """What the status says of the same generation."""
+    ref = Ref(Kind.EXPERT, found.meta.key, found.meta.uid)
+    old = conditions_of(previous.statuses.get(ref, found.status)).get(type_)
+    if old is None or old.get("observedGeneration") != found.meta.generation:
+        return None
+    try:
+        status, reason = ConditionStatus(old["status"]), Reason(old.get("reason", ""))
+    except ValueError:
+        return None  # of another version of the operator
+    return Finding(type_, status, reason, str(old.get("message", "")))
+
+
+def _expert_ready(expert: _Expert, *, in_force: bool) -> Finding:
+    resolution, obstacle = expert.resolution, expert.obstacle
+    count = f"{share(len(expert.usable), resolution.total, 'endpoint')} ready"
+    if obstacle is None:
+        if expert.served.status == FALSE:
+            count += f"; {expert.served.message}"
+        if expert.found.ignored:
+            count += f"; ignored, as not known here: {listed(expert.found.ignored)}"
+        return Finding(Type.READY, TRUE, Reason.ENDPOINTS_READY, count)
+    text = {
+        Reason.NO_ENDPOINTS: "there are no endpoints",
+        Reason.NO_READY_ENDPOINTS: count,
+        Reason.NONE_ANSWERS: expert.reachable.message,
+        Reason.MODEL_NOT_LISTED: expert.served.message,
+    }.get(obstacle, expert.message)
+    if expert.fault is not None and in_force:
+        text += "; what was in force before stays"
+    return Finding(Type.READY, FALSE, obstacle, text)
 
 
 # --- policies --------------------------------------------------------------------------
@@ -316,73 +394,108 @@ class _Policy:
     accepted: Accepted[RoutingPolicy] | None = None
     snapshot: Snapshot | None = None
     selected: tuple[_Expert, ...] = ()
+    storable: bool = True
+    """A ConfigMap can hold the snapshot."""
 
     @property
     def meta(self) -> Meta:
         return self.found.meta
 
 
+def stored_bytes(snapshot: Snapshot) -> int:
+    """Size of a snapshot in a ConfigMap."""
+    return len(snapshot.model_dump_json().encode())
+
+
+def _storable(snapshot: Snapshot) -> bool:
+    return stored_bytes(snapshot) <= MAX_STORED_BYTES
+
+
 def _view_policies(
     observed: Observed, previous: Previous, experts: Mapping[Key, _Expert]
 ) -> list[_Policy]:
-    """All policies; of those that answer the same model the oldest gets it, then by name."""
+    """All policies, by namespace and name."""
+    in_force = {
+        key: snapshot
+        for key, found in observed.policies.items()
+        if not found.meta.deleting and (snapshot := _last_snapshot(found, previous)) is not None
+    }
     by_age = sorted(
         (found for found in observed.policies.values() if not found.meta.deleting),
-        key=lambda found: (found.meta.created, found.meta.key),
+        key=lambda found: (not _was_accepted(found, previous), found.meta.created, found.meta.key),
     )
-    taken: dict[str, Key] = {}
-    views = []
-    for found in by_age:
-        view = _view_policy(found, previous, experts, taken)
-        if view.snapshot is not None:
-            taken |= dict.fromkeys(view.snapshot.models, view.meta.key)
-        views.append(view)
-    return sorted(views, key=lambda view: view.meta.key)
+    names = settle([_claim(found, in_force.get(found.meta.key)) for found in by_age])
+    return [
+        _view_policy(found, names, previous.policies.get(key), in_force.get(key), experts)
+        for key, found in sorted(((one.meta.key, one) for one in by_age), key=lambda one: one[0])
+    ]
+
+
+def _claim(found: Declared[RoutingPolicy], in_force: Snapshot | None) -> Claim:
+    return Claim(
+        found.meta.key,
+        in_force=() if in_force is None else in_force.models,
+        wanted=None if found.resource is None else tuple(found.resource.spec.models),
+    )
 
 
 def _view_policy(
     found: Declared[RoutingPolicy],
-    previous: Previous,
+    names: Names,
+    last: Accepted[RoutingPolicy] | None,
+    in_force: Snapshot | None,
     experts: Mapping[Key, _Expert],
-    taken: Mapping[str, Key],
 ) -> _Policy:
-    key, uid = found.meta.key, found.meta.uid
-    last_snapshot = _last_snapshot(key, uid, previous)
-    if found.resource is not None:
-        accepted: Accepted[RoutingPolicy] | None = Accepted(uid, found.resource)
-        verdict = Finding(Type.ACCEPTED, TRUE, Reason.ACCEPTED, _accepted_text(found))
-    else:
-        last = previous.policies.get(key)
-        accepted = last if last is not None and last.uid == uid else None
+    key, verdict = found.meta.key, _verdict(found, names)
+    if found.resource is not None and key in names.granted:
+        last = Accepted(found.meta.uid, found.resource)
+    elif key not in names.kept:
+        return _Policy(found, verdict)
+    if last is None:
+        # All that is known since a restart, and so it came from a ConfigMap.
+        return _Policy(found, verdict, None, in_force)
+    selected = tuple(one for one in experts.values() if _selects(last.resource, one.meta))
+    snapshot = _compile(last.resource, selected, in_force)
+    return _Policy(found, verdict, last, snapshot, selected, _storable(snapshot))
+
+
+def _verdict(found: Declared[RoutingPolicy], names: Names) -> Finding:
+    if found.resource is None:
         reason = Reason.UNKNOWN_ALGORITHM if found.unknown_algorithm else Reason.INVALID_SPEC
-        verdict = Finding(Type.ACCEPTED, FALSE, reason, _listed(found.problems))
-    if accepted is not None:
-        models: Iterable[str] = accepted.resource.spec.models
-    else:
-        models = () if last_snapshot is None else last_snapshot.models
-    conflicts = [f"{model} is answered by {taken[model]}" for model in models if model in taken]
-    if conflicts:
-        text = f"{_listed(conflicts)}, which is older: use another name in spec.models"
-        return _Policy(found, Finding(Type.ACCEPTED, FALSE, Reason.MODEL_NAME_CONFLICT, text))
-    if accepted is None:
-        return _Policy(found, verdict, None, last_snapshot)
-    selected = tuple(one for one in experts.values() if _selects(accepted.resource, one.meta))
-    snapshot = _compile(accepted.resource, selected, last_snapshot)
-    return _Policy(found, verdict, accepted, snapshot, selected)
+        return Finding(Type.ACCEPTED, FALSE, reason, listed(found.problems))
+    if found.meta.key in names.granted:
+        return Finding(Type.ACCEPTED, TRUE, Reason.ACCEPTED, _accepted_text(found))
+    conflicts = [
+        f"{name} is answered by {owner}"
+        for name in found.resource.spec.models
+        if (owner := names.owners.get(name, found.meta.key)) != found.meta.key
+    ]
+    text = f"{listed(conflicts)}: use another name in spec.models"
+    return Finding(Type.ACCEPTED, FALSE, Reason.MODEL_NAME_CONFLICT, text)
 
 
-def _last_snapshot(key: Key, uid: str, previous: Previous) -> Snapshot | None:
+def _last_snapshot(found: Declared[RoutingPolicy], previous: Previous) -> Snapshot | None:
     """What was in force, unless it was another policy's of the same name."""
+    key, uid = found.meta.key, found.meta.uid
+    if (known := previous.policies.get(key)) is not None:
+        return previous.snapshots.get(key) if known.uid == uid else None
     stored = previous.stored.get(key)
     if stored is not None and stored.owner_uid not in ("", uid):
         return None
     return previous.snapshots.get(key)
 
 
+def _was_accepted(found: Declared[RoutingPolicy], previous: Previous) -> bool:
+    """As its status says: where a ConfigMap was lost nothing else tells who came first."""
+    ref = Ref(Kind.POLICY, found.meta.key, found.meta.uid)
+    before = conditions_of(previous.statuses.get(ref, found.status))
+    return before.get(Type.ACCEPTED, {}).get("status") == TRUE
+
+
 def _accepted_text(found: Declared[RoutingPolicy]) -> str:
     if not found.ignored:
         return "the spec is valid"
-    return f"the spec is valid; ignored, as not known here: {_listed(found.ignored)}"
+    return f"the spec is valid; ignored, as not known here: {listed(found.ignored)}"
 
 
 def _selects(policy: RoutingPolicy, expert: Meta) -> bool:
@@ -398,7 +511,7 @@ def _compile(
     snapshot = compile_snapshot(
         policy,
         [one.accepted.resource for one in good if one.accepted is not None],
-        {one.meta.key.name: one.resolution.ready for one in good},
+        {one.meta.key.name: one.usable for one in good},
     )
     frozen = {one.meta.key.name for one in selected if one.frozen}
     kept = [one for one in last.candidates if one.expert in frozen] if last else []
@@ -423,13 +536,21 @@ def _policy_status(
     ready = _policy_ready(policy, refs, programmed)
     performance = observed.performance.get(policy.meta.key, Performance())
     fields: dict[str, Any] = {
-        "experts": len(policy.selected),
+        "experts": _selected_experts(policy, previous),
         "snapshotVersion": None if policy.snapshot is None else policy.snapshot.version,
         "averageQos": performance.average_qos,
         "violationRate": performance.violation_rate,
     }
-    findings = [policy.verdict, refs, model, programmed, ready]
+    findings = [ready, policy.verdict, refs, model, programmed]
     return _status_write(Kind.POLICY, policy.found, findings, fields, previous, now)
+
+
+def _selected_experts(policy: _Policy, previous: Previous) -> Any:  # noqa: ANN401 - as it was read
+    if policy.accepted is not None or policy.snapshot is None:
+        return len(policy.selected)
+    ref = Ref(Kind.POLICY, policy.meta.key, policy.meta.uid)
+    before = previous.statuses.get(ref, policy.found.status)
+    return (before or {}).get("experts")  # the selector in force is not known any more
 
 
 def _not_accepted(type_: Type, policy: _Policy) -> Finding | None:
@@ -453,9 +574,10 @@ def _resolved_refs(policy: _Policy) -> Finding:
         return Finding(Type.RESOLVED_REFS, FALSE, Reason.NO_EXPERTS, text)
     faults = [f"{e.meta.key.name} ({e.fault})" for e in policy.selected if e.fault is not None]
     if faults:
-        text = f"{len(faults)} of {len(policy.selected)} experts not resolved: {_listed(faults)}"
+        count = f"{len(faults)} of {counted(len(policy.selected), 'expert')}"
+        text = f"{count} not resolved: {listed(faults)}"
         return Finding(Type.RESOLVED_REFS, FALSE, Reason.EXPERT_NOT_RESOLVED, text)
-    text = f"{len(policy.selected)} experts"
+    text = counted(len(policy.selected), "expert")
     return Finding(Type.RESOLVED_REFS, TRUE, Reason.ALL_RESOLVED, text)
 
 
@@ -470,19 +592,19 @@ def _model_loaded(policy: _Policy) -> Finding:
 def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
     if (refusal := _not_accepted(Type.PROGRAMMED, policy)) is not None:
         return refusal
-    counted = {address: server for address, server in servers.items() if server.counted}
-    if not counted:
+    ready = {address: server for address, server in servers.items() if server.counted}
+    if not ready:
         text = "no policy server is ready"
         return Finding(Type.PROGRAMMED, FALSE, Reason.NO_POLICY_SERVERS, text)
     generation = policy.meta.generation
     behind = {
         address: server
-        for address, server in sorted(counted.items())
+        for address, server in sorted(ready.items())
         if server.error or server.applied.get(policy.meta.key, (-1, ""))[0] != generation
     }
-    count = (
-        f"{len(counted) - len(behind)}/{len(counted)} policy servers have generation {generation}"
-    )
+    acknowledged = len(ready) - len(behind)
+    verb = "has" if 1 in (acknowledged, len(ready)) else "have"
+    count = f"{acknowledged}/{counted(len(ready), 'policy server')} {verb} generation {generation}"
     if not behind:
         return Finding(Type.PROGRAMMED, TRUE, Reason.ACKNOWLEDGED, count)
     for refused, reason in ((True, Reason.REFUSED), (False, Reason.SERVER_UNREACHABLE)):
@@ -496,20 +618,35 @@ def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
 def _policy_ready(policy: _Policy, refs: Finding, programmed: Finding) -> Finding:
     if policy.verdict.status != TRUE:
         text = policy.verdict.message
-        if policy.snapshot is not None:
-            text += f"; generation {policy.snapshot.generation} stays in force"
+        if policy.snapshot is None:
+            text += "; nothing of it is in force"
+        else:
+            models = listed(policy.snapshot.models)
+            text += f"; generation {policy.snapshot.generation} stays in force, for {models}"
         return Finding(Type.READY, FALSE, policy.verdict.reason, text)
     if refs.reason is Reason.NO_EXPERTS:
         return Finding(Type.READY, FALSE, refs.reason, refs.message)
     candidates = () if policy.snapshot is None else policy.snapshot.candidates
+    obstacles = [f"{one.meta.key.name} ({one.obstacle})" for one in policy.selected if one.obstacle]
+    not_ready = f"{share(len(obstacles), len(policy.selected), 'expert')} not ready"
+    not_ready += f": {listed(obstacles)}"
     if not candidates:
-        text = f"none of {len(policy.selected)} experts has a ready endpoint"
-        return Finding(Type.READY, FALSE, Reason.NO_READY_ENDPOINTS, text)
+        return Finding(Type.READY, FALSE, Reason.NO_READY_ENDPOINTS, not_ready)
+    routed = {one.expert for one in candidates}
+    silent = {one.meta.key.name for one in policy.selected if one.reachable.status == FALSE}
+    if routed <= silent:
+        return Finding(Type.READY, FALSE, Reason.NONE_ANSWERS, not_ready)
     if programmed.status != TRUE:
         return Finding(Type.READY, programmed.status, programmed.reason, programmed.message)
-    text = f"{len({one.expert for one in candidates})} experts, {len(candidates)} endpoints"
-    if refs.status != TRUE:
-        return Finding(Type.READY, TRUE, Reason.DEGRADED, f"{text}; {refs.message}")
+    text = f"{counted(len(routed), 'expert')}, {counted(len(candidates), 'endpoint')}"
+    if obstacles:
+        text += f"; {not_ready}"
+    if not policy.storable:
+        text += f"; the snapshot, over {MAX_STORED_BYTES} bytes, is too large for its ConfigMap: "
+        text += "a policy server that starts while the operator is away lacks it"
+        return Finding(Type.READY, TRUE, Reason.SNAPSHOT_TOO_LARGE, text)
+    if obstacles:
+        return Finding(Type.READY, TRUE, Reason.DEGRADED, text)
     return Finding(Type.READY, TRUE, Reason.SERVING, text)
 
 
@@ -544,10 +681,18 @@ def _status_write(
             if value is not None and name in _STATUS_FIELDS[kind]
         },
     }
-    if old is not None and dict(old) == status:
+    if old is not None and _unordered(old) == _unordered(status):
         return None
     events = transitions(before, conditions)
     return StatusWrite(ref, meta.resource_version, status, events)
+
+
+def _unordered(status: JsonObject) -> dict[str, Any]:
+    """With the conditions by their type: the API server may keep the order that it knows."""
+    conditions = status.get("conditions")
+    if not isinstance(conditions, list):
+        return dict(status)
+    return {**status, "conditions": {str(one.get("type")): one for one in conditions}}
 
 
 def _next_statuses(
@@ -561,10 +706,3 @@ def _next_statuses(
     there |= {Ref(Kind.POLICY, p.meta.key, p.meta.uid) for p in policies}
     kept = {ref: status for ref, status in previous.statuses.items() if ref in there}
     return kept | {write.ref: write.status for write in writes}
-
-
-def _listed(items: Iterable[object]) -> str:
-    """The first few, and how many more there are."""
-    texts = [str(item) for item in items]
-    shown = ", ".join(texts[:_SHOWN])
-    return f"{shown} and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else shown

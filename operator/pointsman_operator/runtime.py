@@ -7,21 +7,38 @@ servers have answered: the API server never stands between a change and the requ
 
 import asyncio
 import contextlib
+import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import structlog
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from pointsman_operator.cluster import Cluster, ClusterError
+from pointsman_core.resources import LLMExpert, RoutingPolicy
+from pointsman_operator.cluster import Cluster, ClusterError, JsonObject
 from pointsman_operator.endpoints import Resolver, find_port
 from pointsman_operator.health import Health
 from pointsman_operator.metrics import Metrics
-from pointsman_operator.observed import Key, Kind, Observed, Performance, SnapshotMap
+from pointsman_operator.observed import (
+    Declared,
+    Key,
+    Kind,
+    Observed,
+    Performance,
+    SnapshotMap,
+)
 from pointsman_operator.probe import Prober
 from pointsman_operator.publisher import GrpcServerClient, Publisher, ServerClient
 from pointsman_operator.reconcile import (
@@ -32,6 +49,7 @@ from pointsman_operator.reconcile import (
     StatusWrite,
     StoredSnapshot,
     reconcile,
+    stored_bytes,
 )
 from pointsman_operator.settings import OperatorSettings
 from pointsman_operator.stats import PrometheusStats, filled, from_servers
@@ -39,13 +57,19 @@ from pointsman_operator.store import Store
 
 HEARTBEAT_S: Final = 5.0
 RESYNC_TIMEOUT_S: Final = 90.0
+POOLS_INTERVAL_S: Final = 5.0
+"""Between two looks for the InferencePool CRD while an expert waits for it."""
 SETTLE_S: Final = 1.0
-"""Statuses wait so long for the policy servers' answers."""
+"""Statuses wait so long for the answers of policy servers and engines."""
+FIRST_SETTLE_S: Final = 8.0
+"""After a start: longer than a policy server may take, so that no status forgets in between."""
 WRITES_AT_ONCE: Final = 8
 FIRST_RETRY_S: Final = 0.5
 LAST_RETRY_S: Final = 30.0
 
 OWN_KINDS: Final = (Kind.EXPERT, Kind.POLICY)
+
+_T = TypeVar("_T")
 
 _TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -72,6 +96,8 @@ class Operator:
         memory: Memory | None = None,
         connect: Callable[[str], ServerClient] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        unwatched: Collection[Kind] = (),
+        on_stale_watches: Callable[[str], None] | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = Metrics()
@@ -83,16 +109,25 @@ class Operator:
         self._memory = memory or Memory()
         self._connect = connect or (lambda address: GrpcServerClient(address, settings.tls))
         self._clock = clock
+        self._unwatched = frozenset(unwatched)
+        """Kinds that the role did not let anybody watch when the watches began."""
+        self._forbidden: frozenset[Kind] = frozenset()
+        """Kinds that could not be listed the last time, for want of a right."""
+        self._on_stale_watches = on_stale_watches
+        """Called with the reason when the watches should begin anew."""
         self._changed = asyncio.Event()
         self._unwritten = asyncio.Event()
         self._performance: Mapping[Key, Performance] = {}
         self._snapshot_times: dict[tuple[Key, str], float] = {}
         self._retry_s = FIRST_RETRY_S
+        self._publishing = False
+        """A change is on its way to the publisher."""
         self._tasks: list[asyncio.Task[None]] = []
         self._exit = contextlib.AsyncExitStack()
         self._publisher = Publisher(
             self._connect,
-            identity=settings.identity,
+            # A run counts its sets from one; policy servers must not call them old.
+            identity=f"{settings.identity}/{os.urandom(4).hex()}",
             on_change=self._unwritten.set,
             metrics=self.metrics,
             poll_interval_s=settings.status_poll_interval_s,
@@ -103,10 +138,11 @@ class Operator:
         """Serve probes and start all loops; raises OSError if the address is taken."""
         await self._exit.enter_async_context(self._http())
         self._prober = Prober(
-            interval_s=self.settings.probe_interval_s, on_change=self._unwritten.set
+            interval_s=self.settings.probe_interval_s, on_change=self._changed.set
         )
         loops: dict[str, Callable[[], Awaitable[None]]] = {
             "resync": self._resync_loop,
+            "pools": self._pools_loop,
             "snapshots": self._snapshot_loop,
             "writes": self._write_loop,
             "stats": self._stats_loop,
@@ -147,31 +183,100 @@ class Operator:
                 pause = min(pause, self._backoff())
             await self._sleep("resync", pause)
 
+    async def _pools_loop(self) -> None:
+        """A CRD that is installed is told of by no watch before it has objects, if at all."""
+        while True:
+            if self.health.synced and self._pools_wanted:
+                try:
+                    await self._relist(Kind.POOL)
+                except ClusterError as error:  # full lists tell of it, too
+                    log.debug("list failed", kind=Kind.POOL, error=str(error))
+            await self._sleep("pools", POOLS_INTERVAL_S)
+
+    @property
+    def _pools_wanted(self) -> bool:
+        """An expert names an InferencePool, and the API server did not know the kind."""
+        experts: Mapping[Key, Declared[LLMExpert]] = self.store.objects(Kind.EXPERT)
+        return not self.store.installed(Kind.POOL) and any(
+            one.resource is not None and one.resource.spec.backend.inference_pool is not None
+            for one in experts.values()
+        )
+
+    async def _relist(self, kind: Kind) -> None:
+        touched = self.store.begin_list(kind)
+        try:
+            found = await self._cluster.list_all(kind)
+        except BaseException:
+            self.store.abandon_list(kind, touched)
+            raise
+        if self.store.end_list(kind, touched, found, now=self._clock()):
+            self._changed.set()
+
     async def resync(self) -> None:
         """List everything in full; raises `ClusterError`, and then nothing has changed."""
         touched = {kind: self.store.begin_list(kind) for kind in Kind}
         written = self._memory.previous.statuses
         try:
-            listed = dict(
-                zip(Kind, await asyncio.gather(*map(self._cluster.list_all, Kind)), strict=True)
-            )
+            listed = dict(zip(Kind, await asyncio.gather(*map(self._list, Kind)), strict=True))
         except BaseException:
             for kind in Kind:
                 self.store.abandon_list(kind, touched[kind])
             raise
         now = self._clock()
         missed = {kind: self.store.missed(kind, now=now) for kind in Kind}
-        changed = [self.store.end_list(kind, touched[kind], listed[kind], now=now) for kind in Kind]
-        watched = [kind for kind in Kind if kind is not Kind.CONFIG_MAP]
+        changed = [self._end_list(kind, touched[kind], listed[kind], now=now) for kind in Kind]
+        watched = [kind for kind in Kind if kind not in {Kind.CONFIG_MAP, *self._unwatched}]
         self.health.listed({kind: self.store.events(kind) for kind in watched}, missed)
         for kind in watched:
             self.metrics.resync_corrections.labels(kind).inc(missed[kind])
+        forbidden = frozenset(k for k, one in listed.items() if isinstance(one, ClusterError))
+        changed.append(forbidden != self._forbidden)
+        self._forbidden = forbidden
         self._take_config_maps()
+        if not self.health.synced:
+            self._performance = last_told(self.store.objects(Kind.POLICY))
         self._audit(written, {key for kind in OWN_KINDS for key in touched[kind]})
         if not self.health.synced or any(changed):
             self.health.synced = True
             self._changed.set()
         self._unwritten.set()
+        if self._on_stale_watches is not None and (reason := await self._why_stale()):
+            self._on_stale_watches(reason)
+
+    async def _why_stale(self) -> str:
+        """Why the watches should begin anew; empty when they should not."""
+        if silent := self.health.silent_watches:
+            return f"watches of {', '.join(silent)} missed changes and said nothing"
+        for kind in sorted(self._unwatched):
+            if await self._cluster.may_watch(kind):
+                return f"{kind} may be watched now"
+        for kind in sorted(self._forbidden - self._unwatched - {Kind.CONFIG_MAP}):
+            if not await self._cluster.may_watch(kind):
+                return f"{kind} may not be watched any more"
+        return ""
+
+    async def _list(self, kind: Kind) -> Sequence[JsonObject] | ClusterError | None:
+        """All objects of a kind, or why it may not be listed, which is no fault of others."""
+        try:
+            return await self._cluster.list_all(kind)
+        except ClusterError as error:
+            if not error.forbidden or kind in OWN_KINDS:
+                raise
+            log.warning("not permitted, the rest goes on", kind=kind, error=str(error))
+            return error
+
+    def _end_list(
+        self,
+        kind: Kind,
+        touched: set[Key],
+        found: Sequence[JsonObject] | ClusterError | None,
+        *,
+        now: float,
+    ) -> bool:
+        if isinstance(found, ClusterError):
+            self.store.abandon_list(kind, touched)
+            return False
+        return self.store.end_list(kind, touched, found, now=now)
 
     def _take_config_maps(self) -> None:
         """What stands in the API is what has been written, whoever wrote it."""
@@ -206,8 +311,12 @@ class Operator:
             if await self._wait(self._changed):
                 await asyncio.sleep(self.settings.debounce_s)
                 self._changed.clear()
-                with _again_unless_done(self._changed):
-                    await self._publish()
+                self._publishing = True
+                try:
+                    with _again_unless_done(self._changed):
+                        await self._publish()
+                finally:
+                    self._publishing = False
 
     async def _publish(self) -> None:
         if not self.health.synced:
@@ -222,8 +331,9 @@ class Operator:
             snapshots=outcome.next.snapshots,
             experts=outcome.next.experts,
             policies=outcome.next.policies,
+            unfit=outcome.next.unfit,
         )
-        self._show_ages(outcome)
+        self._show_snapshots(outcome)
         if self._prober is not None:
             self._prober.set_addresses(outcome.addresses)
         if self._publisher.publish(outcome.snapshots):
@@ -240,6 +350,7 @@ class Operator:
             pods=objects(Kind.POD),
             pools=objects(Kind.POOL),
             pools_installed=self.store.installed(Kind.POOL),
+            unreadable=self._forbidden,
             servers=self._publisher.states(),
             probes={} if self._prober is None else self._prober.results(),
             performance=self._performance,
@@ -272,20 +383,25 @@ class Operator:
             servers |= Resolver(observed).service_endpoints(ref.service, port)
         return servers
 
-    def _show_ages(self, outcome: Outcome) -> None:
+    def _show_snapshots(self, outcome: Outcome) -> None:
         now = self._clock()
-        versions = {(Key(s.namespace, s.policy), s.version) for s in outcome.snapshots}
-        self._snapshot_times = {one: self._snapshot_times.get(one, now) for one in versions}
+        before, self._snapshot_times = self._snapshot_times, {}
+        self.metrics.snapshot_bytes.clear()
+        for one in outcome.snapshots:
+            key = Key(one.namespace, one.policy)
+            self._snapshot_times[key, one.version] = before.get((key, one.version), now)
+            self.metrics.snapshot_bytes.labels(str(key)).set(stored_bytes(one))
 
     # --- writes ------------------------------------------------------------------------
 
     async def _write_loop(self) -> None:
-        retry_s = FIRST_RETRY_S
+        retry_s, settle_s = FIRST_RETRY_S, FIRST_SETTLE_S
         while True:
             self.health.beat("writes", now=self._clock())
             if not await self._wait(self._unwritten) or not self.health.synced:
                 continue
-            await self._settle()
+            await self._settle(settle_s)
+            settle_s = SETTLE_S
             self._unwritten.clear()
             with _again_unless_done(self._unwritten):
                 done = await self._write()
@@ -296,12 +412,21 @@ class Operator:
             retry_s = min(LAST_RETRY_S, retry_s * 2)
             self._unwritten.set()
 
-    async def _settle(self) -> None:
-        """Wait a little for pending changes and for the policy servers' answers."""
+    async def _settle(self, at_most_s: float) -> None:
+        """Wait a little for pending changes, and for answers of policy servers and engines."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SETTLE_S):
-                while self._changed.is_set() or not self._publisher.settled:  # noqa: ASYNC110
+            async with asyncio.timeout(at_most_s):
+                while self._busy:  # noqa: ASYNC110
                     await asyncio.sleep(self.settings.debounce_s)
+
+    @property
+    def _busy(self) -> bool:
+        return (
+            self._changed.is_set()
+            or self._publishing
+            or not self._publisher.settled
+            or (self._prober is not None and not self._prober.settled)
+        )
 
     async def _write(self) -> bool:
         """Write what differs; tells whether all of it succeeded."""
@@ -310,14 +435,14 @@ class Operator:
         outcome = await self._reconcile(self._observe())
         gate = asyncio.Semaphore(WRITES_AT_ONCE)
 
-        async def gated(what: Awaitable[bool]) -> bool:
+        async def gated(write: Callable[[_T], Awaitable[bool]], what: _T) -> bool:
             async with gate:
-                return await what
+                return await write(what)
 
         done = await asyncio.gather(
-            *(gated(self._write_snapshot(one)) for one in outcome.config_maps),
-            *(gated(self._delete_snapshot(one)) for one in outcome.stale_config_maps),
-            *(gated(self._write_status(one)) for one in outcome.statuses),
+            *(gated(self._write_snapshot, one) for one in outcome.config_maps),
+            *(gated(self._delete_snapshot, one) for one in outcome.stale_config_maps),
+            *(gated(self._write_status, one) for one in outcome.statuses),
         )
         return all(done)
 
@@ -350,7 +475,10 @@ class Operator:
             await call
         except ClusterError as error:
             if error.object_is_gone:
-                return True  # its end, or its successor, will be told by the watch
+                # Its end, or its successor, will be told by the watch.
+                self.metrics.writes.labels(what, "gone").inc()
+                log.debug("nothing to write to", what=what, error=str(error))
+                return True
             self.metrics.writes.labels(what, "failed").inc()
             log.warning("write failed", what=what, error=str(error))
             return False
@@ -364,6 +492,9 @@ class Operator:
         prometheus = PrometheusStats(url) if url else None
         while True:
             self.health.beat("stats", now=self._clock())
+            if not self.health.synced or not self._publisher.asked:
+                await asyncio.sleep(min(HEARTBEAT_S, self.settings.stats_interval_s) / 5)
+                continue
             found = from_servers(self._publisher.counts())
             if prometheus is not None:
                 try:
@@ -444,6 +575,16 @@ class Operator:
             age = self.store.event_age(kind, now=now)
             if age is not None:
                 self.metrics.watch_age.labels(kind).set(age)
+
+
+def last_told(policies: Mapping[Key, Declared[RoutingPolicy]]) -> Mapping[Key, Performance]:
+    """Averages as statuses tell them, until the first ones of this run are there."""
+    statuses = {key: found.status or {} for key, found in policies.items()}
+    return {
+        key: Performance(status.get("averageQos"), status.get("violationRate"))
+        for key, status in statuses.items()
+        if {"averageQos", "violationRate"} & status.keys()
+    }
 
 
 @contextlib.contextmanager

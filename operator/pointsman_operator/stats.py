@@ -12,17 +12,17 @@ DIGITS: Final = 2
 WINDOW: Final = "5m"
 TIMEOUT_S: Final = 10
 
-_ENDED: Final = (
-    f"(sum by (policy) (increase(pointsman_completions_total[{WINDOW}]))"
-    f" + (sum by (policy) (increase(pointsman_rejections_total[{WINDOW}]))"
-    f" or sum by (policy) (increase(pointsman_completions_total[{WINDOW}])) * 0))"
-)
-VIOLATION_RATE: Final = (
-    f"sum by (policy) (increase(pointsman_latency_violations_total[{WINDOW}])) / {_ENDED}"
-)
-AVERAGE_QOS: Final = (
-    f"sum by (policy) (increase(pointsman_predicted_qos_total[{WINDOW}])) / {_ENDED}"
-)
+
+def _sum(counter: str) -> str:
+    return f"sum by (policy) (increase({counter}[{WINDOW}]))"
+
+
+_REQUESTS: Final = _sum("pointsman_qos_requests_total")
+_VIOLATIONS: Final = _sum("pointsman_latency_violations_total")
+
+AVERAGE_QOS: Final = f"{_sum('pointsman_predicted_qos_total')} / {_REQUESTS}"
+VIOLATION_RATE: Final = f"({_VIOLATIONS} or 0 * {_REQUESTS}) / {_REQUESTS}"
+"""A policy that has never been late has no counter of violations."""
 
 
 def from_servers(servers: Iterable[Mapping[Key, PolicyCounts]]) -> dict[Key, Performance]:

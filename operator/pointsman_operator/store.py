@@ -102,7 +102,8 @@ class Store:
             if _put(table, key, found.get(key)):
                 changed = True
                 if table.listed:
-                    table.corrected[key] = now
+                    # The first time counts: what changes often is missed as well.
+                    table.corrected.setdefault(key, now)
         table.listed = True
         return changed
 

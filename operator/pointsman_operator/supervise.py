@@ -8,18 +8,23 @@ written is kept, and Kubernetes need not count restarts.
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import kopf
 import structlog
 
 from pointsman_operator import main
+from pointsman_operator.cluster import Cluster, ClusterError, connect
+from pointsman_operator.logs import is_gone
+from pointsman_operator.observed import Kind
 from pointsman_operator.runtime import Memory
 from pointsman_operator.settings import OperatorSettings
 
 FIRST_PAUSE_S: Final = 0.5
 LAST_PAUSE_S: Final = 30.0
+PATIENCE_S: Final = 6.0
+"""How long kopf may take to end: it gives others 5 s."""
 GOOD_RUN_S: Final = 60.0
 """After a run of this length the pauses are short again."""
 
@@ -28,6 +33,10 @@ log = structlog.get_logger(__name__)
 
 class StartError(RuntimeError):
     """The start failed for a reason that trying again does not mend."""
+
+
+class StaleWatchesError(RuntimeError):
+    """The watches do not tell what they should: the text says why."""
 
 
 def run(settings: OperatorSettings) -> None:
@@ -52,21 +61,87 @@ async def operate(
         Exception: whatever ended the watches.
 
     """
-    memo = kopf.Memo(settings=settings, memory=memory)
+    try:
+        cluster = connect(settings.namespaces)
+    except ClusterError as error:
+        raise StartError(str(error)) from error
+    unwatched = await forbidden_kinds(cluster)
+    registry = kopf.OperatorRegistry()
+    main.register(registry, (kind for kind in main.WATCHED if kind not in unwatched))
+    why: list[str] = []
+    ending = asyncio.Event()
+
+    def on_stale_watches(reason: str) -> None:
+        why.append(reason)
+        (stop_flag or ending).set()
+
+    memo = kopf.Memo(
+        settings=settings,
+        memory=memory,
+        cluster=cluster,
+        unwatched=unwatched,
+        on_stale_watches=on_stale_watches,
+        # The cleanup sets it too: kopf waits for whoever waits for its flag, for 5 s.
+        ending=ending,
+    )
+    # Begun before kopf, which in the end cancels all that began after it.
+    reaper = asyncio.create_task(end_stragglers(ending, others=asyncio.all_tasks()))
     try:
         await kopf.operator(
             clusterwide=not settings.namespaces,
             namespaces=settings.namespaces,
+            registry=registry,
             memo=memo,
-            stop_flag=stop_flag,
+            stop_flag=stop_flag or ending,
         )
     except Exception as error:
         if (refusal := memo.get("refusal")) is not None:
             raise StartError(refusal) from error
         raise
     finally:
+        reaper.cancel()
         if stop_flag is not None:
             stop_flag.set()  # kopf waits for it in a thread, which would keep the loop from closing
+        await cluster.close()
+    if why:
+        raise StaleWatchesError(why[0])
+
+
+async def end_stragglers(
+    ending: asyncio.Event,
+    *,
+    others: Collection[asyncio.Task[Any]],
+    patience_s: float = PATIENCE_S,
+) -> None:
+    """Once it is ending, cancel again and again what is left, but for ``others``.
+
+    A watcher of kopf swallows a cancellation that comes while it leaves a stream: it then goes
+    on for ever, and kopf waits for it.
+    """
+    await ending.wait()
+    while True:
+        await asyncio.sleep(patience_s)
+        left = asyncio.all_tasks() - {*others, asyncio.current_task()}
+        log.warning("ending what is left", tasks=sorted(task.get_name() for task in left))
+        for task in left:
+            task.cancel()
+
+
+async def forbidden_kinds(cluster: Cluster) -> frozenset[Kind]:
+    """Kinds that the operator's role does not let it watch; kopf would ask every 2 s for ever."""
+
+    async def forbidden(kind: Kind) -> bool:
+        try:
+            return not await cluster.may_watch(kind)
+        except ClusterError as error:
+            log.debug("not known whether it may be watched", kind=kind, error=str(error))
+            return False
+
+    answers = await asyncio.gather(*map(forbidden, main.WATCHED))
+    found = frozenset(kind for kind, no in zip(main.WATCHED, answers, strict=True) if no)
+    if found:
+        log.warning("not permitted to watch, the rest goes on", kinds=sorted(found))
+    return found
 
 
 def supervise(
@@ -88,8 +163,13 @@ def supervise(
             once()
         except StartError:
             raise
+        except StaleWatchesError as error:
+            log.warning("starting the watches again", reason=str(error))
         except Exception as error:
-            log.exception("watches ended, starting again", error=str(error))
+            if is_gone(error):
+                log.warning("starting the watches again", reason=str(error))
+            else:
+                log.exception("watches ended, starting again", error=str(error))
         else:
             return
         if clock() - started >= GOOD_RUN_S:

@@ -48,6 +48,14 @@ class Metrics:
             "pointsman_latency_violations", "Completed requests over their latency limit.",
             ["policy", "expert"], registry=r,
         )  # fmt: skip
+        self.qos_requests = Counter(
+            "pointsman_qos_requests", "Requests that predicted QoS was counted of.",
+            ["policy"], registry=r,
+        )  # fmt: skip
+        self.predicted_qos = Counter(
+            "pointsman_predicted_qos", "Predicted quality of answers in time, 0 for all others.",
+            ["policy"], registry=r,
+        )  # fmt: skip
         self.retries = Counter(
             "pointsman_rerouted", "Requests that another endpoint served than was chosen.",
             ["policy"], registry=r,
@@ -110,6 +118,16 @@ class Metrics:
         self.eds_nacks = Counter(
             "pointsman_eds_nacks", "Endpoint lists that Envoy refused.", registry=r
         )
+
+    def expect(self, policy: str) -> None:
+        """Show the counters of a policy before its first request, as rates need them."""
+        self.qos_requests.labels(policy)
+        self.predicted_qos.labels(policy)
+
+    def count_qos(self, policy: str, predicted: float) -> None:
+        """Count one request, whose predicted QoS is 0 unless it was answered in time."""
+        self.qos_requests.labels(policy).inc()
+        self.predicted_qos.labels(policy).inc(predicted)
 
     def count_tls_reload(self, ok: bool) -> None:
         """Count that changed certificates were read, and whether they could be used."""

@@ -107,6 +107,7 @@ class RoutingService:
         for name, router in self._routers.items():
             snapshot = router.snapshot
             self.metrics.snapshot_info.labels(name, snapshot.version, snapshot.generation).set(1)
+            self.metrics.expect(name)
 
     def router(self, model: str) -> Router:
         """The policy that answers a model name.
@@ -167,6 +168,7 @@ class RoutingService:
             self._remember(request_id, decision)
         if decision.chosen is None:
             self.statistics.rejected(decision.snapshot.full_name, now_s=self.clock())
+            self.metrics.count_qos(decision.snapshot.full_name, 0.0)
             raise rejection_error(decision)
         self.tracker.decided(request_id, decision)
         return decision

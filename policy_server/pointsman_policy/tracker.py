@@ -196,6 +196,7 @@ class RequestTracker:
         self._metrics.completions.labels(*labels, outcome).inc()
         if outcome is not Outcome.OK:
             self._statistics.failed(policy, now_s=now_s)
+            self._metrics.count_qos(policy, 0.0)
             return
         tokens = known.counter.total
         if not tokens or decision.admitted is None:
@@ -208,10 +209,11 @@ class RequestTracker:
             first = known.first_token_s - known.arrival_s
             self._metrics.time_to_first_token.labels(*labels).observe(first)
         in_time = per_token <= decision.admitted.limit_s
-        if not in_time:
-            self._metrics.violations.labels(*labels).inc()
+        # Zero is counted too: rates need to see a counter before it moves.
+        self._metrics.violations.labels(*labels).inc(0 if in_time else 1)
         quality = _predicted_quality(known, decision, decision.admitted)
         self._statistics.completed(policy, quality=quality, in_time=in_time, now_s=now_s)
+        self._metrics.count_qos(policy, quality if in_time else 0.0)
 
 
 def _outcome(known: Tracked, *, complete: bool) -> Outcome:

@@ -24,6 +24,7 @@ import grpc
 import pytest
 import pytest_asyncio
 import yaml
+from aiohttp import web
 
 from control_plane.certificates import Authority
 from control_plane.cluster import Cluster
@@ -343,6 +344,74 @@ class Engine:
         await self.child.process.wait()
 
 
+class HeldEngine:
+    """An engine whose streamed answers go on only when the test says so."""
+
+    FIRST = 4
+    """Tokens that come at once."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.address = ""
+        self.running = 0
+        self._released = asyncio.Event()
+
+    def release(self) -> None:
+        """Let all answers go on to their end."""
+        self._released.set()
+
+    @contextlib.asynccontextmanager
+    async def serving(self, host: str) -> AsyncIterator["HeldEngine"]:
+        app = web.Application()
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, host, 0).start()
+            self.address = "{}:{}".format(*runner.addresses[0][:2])
+            yield self
+        finally:
+            self.release()
+            await runner.cleanup()
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": self.model}]})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        lines = (
+            f"vllm:num_requests_running {self.running}",
+            "vllm:num_requests_waiting 0",
+            "vllm:kv_cache_usage_perc 0",
+        )
+        return web.Response(text="\n".join(lines) + "\n")
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        if not asked.get("stream"):
+            choice = {"index": 0, "message": {"role": "assistant", "content": "x"}}
+            usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+            return web.json_response({"choices": [choice], "usage": usage})
+        self.running += 1
+        try:
+            return await self._stream(request, int(asked["max_tokens"]))
+        finally:
+            self.running -= 1
+
+    async def _stream(self, request: web.Request, tokens: int) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        event = {"choices": [{"index": 0, "delta": {"content": "x"}}]}
+        token = f"data: {json.dumps(event)}\n\n".encode()
+        await response.write(token * self.FIRST)
+        await self._released.wait()
+        for _ in range(tokens - self.FIRST):
+            await response.write(token)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
 class Stream:
     """A streamed answer on its way."""
 
@@ -375,6 +444,8 @@ class Place:
     plant: Plant
     namespace: str
     processes: Children
+    engines_here: contextlib.AsyncExitStack
+    """Engines in this process."""
 
     @property
     def api(self) -> Api:
@@ -408,6 +479,12 @@ class Place:
 
     async def engines(self, *models: str) -> list[Engine]:
         return list(await asyncio.gather(*map(self.engine, models)))
+
+    async def held_engine(self, model: str) -> HeldEngine:
+        """Start an engine whose streamed answers last until they are released."""
+        return await self.engines_here.enter_async_context(
+            HeldEngine(model).serving(self.plant.host)
+        )
 
     # objects
 
@@ -507,28 +584,45 @@ class Place:
     async def patch(self, kind: str, name: str, body: object, *, sub: str = "") -> Json:
         return await self.api.call("PATCH", self.path(kind, name) + sub, body)
 
-    async def until_expert(self, name: str, **wanted: str) -> Json:
-        """Wait for conditions, such as ``Ready="True"`` or ``Ready="False/NoEndpoints"``."""
-        return await self._until_conditions("llmexperts", name, wanted)
+    async def until_expert(
+        self, name: str, *, endpoints: tuple[int, int] | None = None, **wanted: str
+    ) -> Json:
+        """Wait for conditions, such as ``Ready="True"`` or ``Ready="False/NoEndpoints"``.
 
-    async def until_policy(self, name: str = "auto", **wanted: str) -> Json:
-        """As `until_expert`."""
-        return await self._until_conditions("routingpolicies", name, wanted)
+        ``endpoints`` is how many are ready, of how many: conditions may hold before it does.
+        """
+        fields = {}
+        if endpoints is not None:
+            fields["endpoints"] = dict(zip(("ready", "total"), endpoints, strict=True))
+        return await self._until_status("llmexperts", name, wanted, fields)
 
-    async def _until_conditions(self, kind: str, name: str, wanted: Mapping[str, str]) -> Json:
+    async def until_policy(
+        self, name: str = "auto", *, experts: int | None = None, **wanted: str
+    ) -> Json:
+        """As `until_expert`; ``experts`` is how many it has."""
+        fields = {} if experts is None else {"experts": experts}
+        return await self._until_status("routingpolicies", name, wanted, fields)
+
+    async def _until_status(
+        self, kind: str, name: str, wanted: Mapping[str, str], fields: Json
+    ) -> Json:
         def holds(found: Json) -> bool:
             shown = summary(found)
             generation = found.get("metadata", {}).get("generation")
-            return all(
-                wish == text or wish == text.partition("/")[0]
-                for type_, wish in wanted.items()
-                for text in [shown.get(type_, "")]
-            ) and all(
-                one["observedGeneration"] == generation
-                for one in found.get("status", {}).get("conditions", [])
+            return (
+                fields.items() <= found.get("status", {}).items()
+                and all(
+                    wish == text or wish == text.partition("/")[0]
+                    for type_, wish in wanted.items()
+                    for text in [shown.get(type_, "")]
+                )
+                and all(
+                    one["observedGeneration"] == generation
+                    for one in found.get("status", {}).get("conditions", [])
+                )
             )
 
-        return await until(f"{name} {wanted}", lambda: self.get(kind, name), holds)
+        return await until(f"{name} {wanted} {fields}", lambda: self.get(kind, name), holds)
 
     # requests
 
@@ -615,8 +709,8 @@ def summary(found: Json) -> dict[str, str]:
 @pytest_asyncio.fixture(loop_scope="session")
 async def place(plant: Plant, namespace: str) -> AsyncIterator[Place]:
     """A namespace of the running cluster; its policies and engines end with the test."""
-    async with children() as processes:
-        found = Place(plant, namespace, processes)
+    async with children() as processes, contextlib.AsyncExitStack() as engines_here:
+        found = Place(plant, namespace, processes, engines_here)
         yield found
         await found.kubectl("delete", "llmexperts,routingpolicies", "--all", "--wait=false")
 

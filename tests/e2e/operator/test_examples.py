@@ -70,6 +70,8 @@ async def test_the_examples_are_served(place, shown):
     assert status == 200
     assert answer["model"] in models
 
+    averages = "--for=jsonpath={.status.averageQos}"
+    await place.kubectl("wait", averages, "routingpolicies", "--all", "--timeout=30s")
     await show("get", "llmexperts,routingpolicies")
     await show("get", "llmexperts,routingpolicies", "-o", "wide")
     await show("describe", "llmexpert", "coder")

@@ -27,15 +27,12 @@ async def two_experts(place):
 async def test_columns(place):
     await two_experts(place)
     rows = columns(await place.kubectl("get", "llmexperts"))
-    assert [(r["NAME"], r["MODEL"], r["READY"], r["ENDPOINTS"]) for r in rows] == [
-        ("ant", "ant", "True", "1"),
-        ("bee", "bee", "False", "0"),
+    assert [(r["NAME"], r["MODEL"], r["READY"], r["REASON"], r["ENDPOINTS"]) for r in rows] == [
+        ("ant", "ant", "True", "EndpointsReady", "1"),
+        ("bee", "bee", "False", "ServiceNotFound", "0"),
     ]
     rows = columns(await place.kubectl("get", "llmexperts", "-o", "wide"))
-    assert [(r["TOTAL"], r["REASON"]) for r in rows] == [
-        ("1", "EndpointsReady"),
-        ("0", "ServiceNotFound"),
-    ]
+    assert [r["TOTAL"] for r in rows] == ["1", "0"]
     (row,) = columns(await place.kubectl("get", "routingpolicies", "-o", "wide"))
     found = await place.until_policy()
     assert row["READY"] == "True"
@@ -44,7 +41,7 @@ async def test_columns(place):
     assert row["SNAPSHOT"] == found["status"]["snapshotVersion"]
 
 
-REASONS = ["EndpointsReady", "ExpertNotResolved", "Degraded"]
+REASONS = ["EndpointsReady", "ServiceNotFound", "ExpertNotResolved", "Degraded"]
 
 
 async def test_describe(place, eventually):
@@ -65,8 +62,8 @@ async def test_describe(place, eventually):
     text = await eventually("told", describe, lambda text: events(text) == REASONS)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert f"Message: there is no Service {place.namespace}/bee" in lines
-    assert "Message: 1 of 1 endpoints are ready" in lines
-    assert "Message: 1/1 policy servers have generation 1" in lines
+    assert "Message: 1 of 1 endpoint is ready" in lines
+    assert "Message: 1/1 policy server has generation 1" in lines
     assert "Message: 1 of 2 experts not resolved: bee (ServiceNotFound)" in lines
     about = "ResolvedRefs: 1 of 2 experts not resolved: bee (ServiceNotFound)"
     assert any(

@@ -151,6 +151,8 @@ class FakeApiServer:
         """Overrides the client's limit, so that lists come in pages."""
         self.fail: Any = None
         """Called with each request; what it returns is the answer."""
+        self.reviews: Any = lambda _asked: True
+        """Called with the attributes of each access review; whether it is allowed."""
         self.requests: list[tuple[str, str, dict[str, str], Any]] = []
         self.watches: dict[Kind, list[asyncio.Queue[Any]]] = {kind: [] for kind in Kind}
         self.watched = asyncio.Event()
@@ -193,6 +195,9 @@ class FakeApiServer:
         failed = self.fail(request) if self.fail is not None else None
         if failed is not None:
             return failed
+        if request.path.endswith("/selfsubjectaccessreviews"):
+            allowed = self.reviews(body["spec"]["resourceAttributes"])
+            return web.json_response({"status": {"allowed": allowed}}, status=201)
         if request.path in ("/api", "/apis") or request.path in self._versions():
             return web.json_response(self._discovery(request.path))
         if request.path.endswith("/customresourcedefinitions"):

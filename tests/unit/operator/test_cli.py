@@ -98,3 +98,29 @@ def test_logs_of_others_are_structured_too(capsys):
         ("kopf's own", "warning"),
     ]
     assert lines[0]["policy"] == "auto"
+
+
+class AnswerError(Exception):
+    """As kopf raises them."""
+
+    def __init__(self, status):
+        super().__init__("the server says no")
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    ("logger", "status", "level"),
+    [
+        ("kopf._core.reactor.orchestration", 404, "warning"),
+        ("kopf._core.reactor.orchestration", 410, "warning"),
+        ("asyncio", 410, "warning"),
+        ("kopf._core.reactor.orchestration", 400, "error"),
+        ("pointsman_operator.runtime", 404, "error"),
+    ],
+)
+def test_a_watch_of_what_is_gone_is_no_error(capsys, logger, status, level):
+    configure_logs(level="info", style="json")
+    logging.getLogger(logger).error("Watcher has failed", exc_info=AnswerError(status))
+    line = json.loads(capsys.readouterr().err)
+    assert (line["event"], line["level"]) == ("Watcher has failed", level)
+    assert ("exception" in line) is (level == "error")

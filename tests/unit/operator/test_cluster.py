@@ -116,6 +116,52 @@ async def test_an_object_that_is_gone(api_server, cluster, status):
     assert raised.value.object_is_gone
 
 
+TERMINATING = {
+    "kind": "Status",
+    "message": "unable to create new content in namespace a because it is being terminated",
+    "reason": "Forbidden",
+    "details": {"causes": [{"reason": "NamespaceTerminating", "field": "metadata.namespace"}]},
+}
+
+
+async def test_a_namespace_that_ends_takes_its_objects_along(api_server, cluster):
+    api_server.fail = lambda _: web.json_response(TERMINATING, status=403)
+    with pytest.raises(ClusterError, match="being terminated") as raised:
+        await cluster.post_event(REF, Transition(warning=False, reason="a", message="b"), NOW)
+    assert raised.value.object_is_gone
+    assert not raised.value.forbidden
+
+
+@pytest.mark.parametrize("details", [None, {}, {"causes": []}, {"causes": None}, {"causes": [{}]}])
+async def test_a_refusal_without_a_cause_is_a_missing_right(api_server, cluster, details):
+    answer = {"kind": "Status", "message": "no", "details": details}
+    api_server.fail = lambda _: web.json_response(answer, status=403)
+    with pytest.raises(ClusterError) as raised:
+        await cluster.write_status(StatusWrite(REF, "1", {}))
+    assert raised.value.forbidden
+    assert not raised.value.object_is_gone
+
+
+@pytest.mark.parametrize("refused", [None, "list", "watch"])
+async def test_whether_a_kind_may_be_watched(api_server, cluster, refused):
+    api_server.reviews = lambda asked: asked["verb"] != refused
+    assert await cluster.may_watch(Kind.SLICE) is (refused is None)
+    asked = [body["spec"]["resourceAttributes"] for *_, body in api_server.requests]
+    resource = {"group": "discovery.k8s.io", "resource": "endpointslices", "namespace": ""}
+    assert sorted(asked, key=lambda one: one["verb"]) == [
+        resource | {"verb": "list"},
+        resource | {"verb": "watch"},
+    ]
+
+
+async def test_in_namespaced_mode_a_kind_must_be_watchable_in_each(api_server):
+    cluster = connect(("a", "b"))
+    api_server.reviews = lambda asked: asked["namespace"] == "a"
+    assert not await cluster.may_watch(Kind.POD)
+    assert {body["spec"]["resourceAttributes"]["group"] for *_, body in api_server.requests} == {""}
+    await cluster.close()
+
+
 async def test_an_answer_that_is_no_json(api_server, cluster):
     api_server.fail = lambda _: web.Response(status=502, text="<html>")
     with pytest.raises(ClusterError, match="502: Bad Gateway"):

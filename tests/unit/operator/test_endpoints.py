@@ -2,8 +2,9 @@
 
 import pytest
 
+from pointsman_operator.conditions import Reason
 from pointsman_operator.endpoints import Resolver, find_port, format_address
-from pointsman_operator.observed import Key
+from pointsman_operator.observed import Key, Kind
 
 SERVICE = {"service": {"name": "engine", "port": 80}}
 PODS = {"podSelector": {"matchLabels": {"app": "llm"}, "port": 8000}}
@@ -22,6 +23,18 @@ def test_fixed_addresses_are_all_ready(api):
         ["10.0.0.1:1", "10.0.0.2:1"],
         2,
     )
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [(SERVICE, Kind.SERVICE), (SERVICE, Kind.SLICE), (PODS, Kind.POD), (POOL, Kind.POOL)],
+)
+def test_what_may_not_be_read_is_a_fault_and_not_an_absence(api, backend, kind):
+    seen = api.observe(api.expert(**backend), unreadable=frozenset({kind}))
+    (expert,) = seen.experts.values()
+    found = Resolver(seen).resolve(expert.resource)
+    assert (found.fault, found.ready) == (Reason.NOT_PERMITTED, ())
+    assert str(kind) in found.message
 
 
 SLICES = {
@@ -83,6 +96,13 @@ def test_pods_that_are_ready_and_stay(api):
         api.pod("g", ""),
     ]
     assert resolve(api, PODS, *pods) == (["10.0.1.1:8000"], 2)
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_of_pods_that_share_an_address_the_ready_one_counts(api, names):
+    """Such as on their host's network; whichever the API tells of first."""
+    pods = [api.pod(name, "10.0.1.1", ready=name == "a") for name in names]
+    assert resolve(api, PODS, *pods) == (["10.0.1.1:8000"], 1)
 
 
 def test_all_labels_must_match(api):

@@ -7,13 +7,14 @@ import threading
 import kopf
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from pointsman_operator import main, supervise
 from pointsman_operator.cluster import PATHS
 from pointsman_operator.observed import Kind
 from pointsman_operator.runtime import Memory
 from pointsman_operator.settings import OperatorSettings
-from pointsman_operator.supervise import StartError, operate
+from pointsman_operator.supervise import StaleWatchesError, StartError, operate
 
 SETTINGS = OperatorSettings(http_address="127.0.0.1:0", debounce_s=0.001, resync_interval_s=3600.0)
 MAP = "pointsman-snapshot-auto"
@@ -88,7 +89,7 @@ async def test_kopf_writes_nothing_to_objects(api_server, operating):
         await rig.until(lambda: rig.published())
         await rig.until(lambda: api_server.objects[Kind.POLICY]["auto"].get("status"))
     for method, path, _, body in api_server.requests:
-        if method in ("PATCH", "POST", "PUT"):
+        if method in ("PATCH", "POST", "PUT") and not path.endswith("accessreviews"):
             assert path.endswith(("/status", "/events", MAP)), path
             assert "annotations" not in body["metadata"]
             assert "finalizers" not in body["metadata"]
@@ -167,9 +168,41 @@ async def test_a_crd_that_comes_later_is_watched(api_server, operating):
         assert api_server.watches[Kind.EXPERT]
 
 
-# kopf leaves a coroutine unawaited when its start is refused.
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_kind_that_may_not_be_watched_is_left_alone_until_it_may(
+    api, api_server, operating
+):
+    forbidden = {"pods"}
+    api_server.reviews = lambda asked: asked["resource"] not in forbidden
+
+    def refuse(request):
+        if request.path.rpartition("/")[2] in forbidden:
+            return web.json_response({"kind": "Status", "message": "forbidden"}, status=403)
+        return None
+
+    api_server.fail = refuse
+    settings = OperatorSettings(http_address="127.0.0.1:0", debounce_s=0.001, resync_interval_s=0.2)
+    async with operating(settings) as rig:
+        await rig.until(lambda: "10.0.0.1:8000" in rig.published())
+        await rig.until(lambda: api_server.watches[Kind.EXPERT])
+        api_server.put(api.expert(addresses=["10.0.0.5:8000"], meta={"generation": 2}))
+        await rig.until(lambda: "10.0.0.5:8000" in rig.published())
+        assert not rig.task.done()
+        forbidden.clear()
+        with pytest.raises(StaleWatchesError, match="Pod may be watched now"):
+            await rig.task
+        rig.start()
+        await rig.until(lambda: api_server.watches[Kind.POD])
+
+
+async def test_an_api_server_that_cannot_tell_stops_no_watch(api_server, operating):
+    def refuse(request):
+        return web.Response(status=503) if request.path.endswith("accessreviews") else None
+
+    api_server.fail = refuse
+    async with operating() as rig:
+        await rig.until(lambda: "10.0.0.1:8000" in rig.published())
+
+
 async def test_a_start_without_access_is_refused_for_good(monkeypatch, tmp_path):
     place = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
     monkeypatch.setattr(place, str(tmp_path / "none"))
@@ -188,6 +221,30 @@ def test_every_kind_is_watched():
             *_, group, version = ["", *path.root.removeprefix("/apis/").split("/")]
             expected.add(("" if group == "api" else group, version, path.plural))
     assert watched == expected
+
+
+async def test_a_task_that_swallows_a_cancellation_is_cancelled_again():
+    """As kopf's watchers do now and then; it would wait for them for ever."""
+    ending, swallowed = asyncio.Event(), asyncio.Event()
+    reaper = asyncio.create_task(
+        supervise.end_stragglers(ending, others=asyncio.all_tasks(), patience_s=0.001)
+    )
+
+    async def stubborn():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        swallowed.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(stubborn())
+    await asyncio.sleep(0)
+    task.cancel()
+    await swallowed.wait()
+    ending.set()
+    async with asyncio.timeout(20):
+        await asyncio.wait({task})
+    assert task.cancelled()
+    reaper.cancel()
 
 
 # --- supervision -----------------------------------------------------------------------
@@ -214,6 +271,39 @@ def test_failed_runs_are_followed_by_others_after_growing_pauses():
     runs = Runs((1, failure), (1, failure), (100, failure), (1, failure), (1, None))
     runs.supervise()
     assert runs.pauses == [0.5, 1.0, 0.5, 1.0]
+
+
+def test_stale_watches_begin_anew_without_the_look_of_a_bug():
+    runs = Runs((1, StaleWatchesError("Pod may be watched now")), (1, None))
+    with capture_logs() as logs:
+        runs.supervise()
+    (told,) = logs
+    assert (told["log_level"], told["reason"]) == ("warning", "Pod may be watched now")
+    assert "exc_info" not in told
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_kind_that_is_gone_begins_anew_without_the_look_of_a_bug(status):
+    """As kopf ends when a CRD is deleted and the watch hears of it first."""
+    runs = Runs((1, refused(status)), (1, None))
+    with capture_logs() as logs:
+        runs.supervise()
+    (told,) = logs
+    assert (told["log_level"], told["reason"]) == ("warning", "not found")
+
+
+def test_another_failure_of_a_watch_is_told_of_as_an_error():
+    runs = Runs((1, refused(400)), (1, None))
+    with capture_logs() as logs:
+        runs.supervise()
+    assert [one["log_level"] for one in logs] == ["error"]
+
+
+def refused(status):
+    """An answer of the API server as kopf raises it."""
+    error = RuntimeError("not found")
+    error.status = status
+    return error
 
 
 def test_a_refused_start_is_final():

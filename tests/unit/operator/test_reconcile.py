@@ -1,5 +1,6 @@
 """What is in force and what every status says, for one state of the cluster after another."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -8,7 +9,7 @@ from pointsman_core.resources import LLMExpertStatus, RoutingPolicyStatus
 from pointsman_core.snapshot import read_snapshot
 from pointsman_operator import reconcile as module
 from pointsman_operator.conditions import MEANINGS
-from pointsman_operator.observed import Key, Performance, Probe, ServerState
+from pointsman_operator.observed import Key, Kind, Performance, Probe, ServerState
 from pointsman_operator.reconcile import Previous, Ref, StoredSnapshot
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -18,6 +19,19 @@ AUTO, CODER = Key("default", "auto"), Key("default", "coder")
 
 def later(api, observed, previous=None):
     return api.reconcile(observed, previous, LATER)
+
+
+def restarted(outcome):
+    """What a new process knows: the ConfigMaps."""
+    return Previous(snapshots=outcome.next.snapshots, stored=outcome.next.stored)
+
+
+def kept(outcome):
+    """The same process goes on."""
+    return outcome.next
+
+
+MEMORIES = pytest.mark.parametrize("memory", [kept, restarted])
 
 
 # --- snapshots -------------------------------------------------------------------------
@@ -125,7 +139,8 @@ def test_the_last_good_policy_stays_in_force_with_live_endpoints(api):
         "Programmed": ("False", "NotAccepted"),
         "Ready": ("False", "InvalidSpec"),
     }
-    assert "generation 1 stays in force" in api.message(second, "auto", "Ready")
+    text = api.message(second, "auto", "Ready")
+    assert text.endswith("; generation 1 stays in force, for auto")
 
 
 def test_after_a_restart_the_snapshot_of_a_broken_policy_stays_as_it_is(api):
@@ -139,6 +154,18 @@ def test_after_a_restart_the_snapshot_of_a_broken_policy_stays_as_it_is(api):
     )
     assert second.snapshots == first.snapshots
     assert not second.config_maps
+
+
+def test_a_restart_writes_no_status_for_a_broken_policy(api):
+    world = (api.expert(), api.expert("idle", service={"name": "gone", "port": 1}))
+    first = api.reconcile(api.observe(api.policy(), *world))
+    broken = api.policy(meta={"generation": 2}, models=[])
+    second = api.reconcile(api.observe(broken, *world), first.next)
+    (status,) = [one.status for one in second.statuses if one.ref.key == AUTO]
+    assert status["experts"] == 2
+    seen = api.observe(broken | {"status": status}, *world)
+    third = api.reconcile(seen, Previous(snapshots=second.next.snapshots, stored=first.next.stored))
+    assert [one for one in third.statuses if one.ref.key == AUTO] == []
 
 
 def test_a_new_policy_does_not_inherit_from_another_of_its_name(api):
@@ -217,6 +244,20 @@ def test_a_deleted_service_takes_its_endpoints_along(api):
     assert "stays" not in api.message(second, "coder", "Ready")
 
 
+@MEMORIES
+def test_what_may_not_be_read_any_more_stays_as_it_is(api, memory):
+    expert = api.expert(service={"name": "engine", "port": 80})
+    world = (api.policy(), api.service(), expert, api.slice("engine", "10.0.0.1"))
+    first = api.reconcile(api.observe(*world))
+    seen = api.observe(api.policy(), expert, unreadable=frozenset({Kind.SERVICE, Kind.SLICE}))
+    second = api.reconcile(seen, memory(first))
+    assert second.snapshots == first.snapshots
+    assert api.conditions(second, "coder")["Ready"] == ("False", "NotPermitted")
+    third = api.reconcile(seen, second.next)
+    assert third.snapshots == first.snapshots
+    assert api.addresses(api.reconcile(api.observe(*world), third.next)) == ["10.0.0.1:8000"]
+
+
 def test_a_policy_that_selects_nothing(api):
     seen = api.observe(api.policy(selector={"matchLabels": {"site": "x"}}), api.expert())
     outcome = api.reconcile(seen)
@@ -255,18 +296,155 @@ def test_of_the_same_age_the_first_by_name_wins_across_namespaces(api):
     assert [(one.namespace, one.policy) for one in outcome.snapshots] == [("one", "b")]
 
 
-def test_the_loser_keeps_nothing_and_takes_over_when_the_winner_goes(api):
-    alone = api.policy("late", models=["mine"], meta={"creationTimestamp": "2026-01-01T00:01:00Z"})
-    first = api.reconcile(api.observe(alone, api.policy("early", models=["auto"]), api.expert()))
-    assert len(first.snapshots) == 2
-    contested = api.observe(*rivals(api))
-    second = api.reconcile(contested, first.next)
-    assert [one.policy for one in second.snapshots] == ["early"]
-    assert second.stale_config_maps == (Key("default", "late"),)
+EARLY, LATE = Key("default", "early"), Key("default", "late")
+MINUTE_LATER = {"creationTimestamp": "2026-01-01T00:01:00Z"}
+
+
+def names(outcome):
+    """Model names in force, by policy."""
+    return {one.policy: one.models for one in outcome.snapshots}
+
+
+@MEMORIES
+def test_a_new_policy_takes_no_name_from_one_in_force(api, memory):
+    """Creation times are whole seconds: of two made within one, names would decide."""
+    first = api.reconcile(api.observe(api.policy("zebra", models=["auto"]), api.expert()))
+    rival = api.policy("ant", models=["auto"], meta={"creationTimestamp": "2025-01-01T00:00:00Z"})
+    seen = api.observe(rival, api.policy("zebra", models=["auto"]), api.expert())
+    second = api.reconcile(seen, memory(first))
+    assert names(second) == {"zebra": ("auto",)}
+    assert api.conditions(second, "ant")["Accepted"] == ("False", "ModelNameConflict")
+    text = "auto is answered by default/zebra: use another name in spec.models"
+    assert api.message(second, "ant", "Accepted") == text
+    assert api.message(second, "ant", "Ready") == f"{text}; nothing of it is in force"
+
+
+def test_without_its_config_map_the_accepted_one_is_known_by_its_status(api):
+    zebra = api.policy("zebra", models=["auto"])
+    first = api.reconcile(api.observe(zebra, api.expert()))
+    (status,) = [one.status for one in first.statuses if one.ref.key.name == "zebra"]
+    zebra["status"] = status
+    second = api.reconcile(api.observe(api.policy("ant", models=["auto"]), zebra, api.expert()))
+    assert names(second) == {"zebra": ("auto",)}
+
+
+def test_the_loser_takes_over_when_the_winner_goes(api):
+    first = api.reconcile(api.observe(*rivals(api)))
+    assert names(first) == {"early": ("auto",)}
     late, _, expert = rivals(api)
-    third = api.reconcile(api.observe(late, expert), second.next)
-    assert [one.policy for one in third.snapshots] == ["late"]
-    assert third.stale_config_maps == (Key("default", "early"),)
+    second = api.reconcile(api.observe(late, expert), first.next)
+    assert names(second) == {"late": ("auto", "mine")}
+    assert second.stale_config_maps == (EARLY,)
+
+
+@MEMORIES
+def test_an_edit_into_a_conflict_leaves_the_last_good_snapshot_in_force(api, memory):
+    early = api.policy("early", models=["auto"], meta=MINUTE_LATER)
+    late = api.policy("late", models=["mine"], qos={"latencyPerTokenMs": 30})
+    first = api.reconcile(api.observe(early, late, api.expert()))
+    edited = api.policy(
+        "late", models=["more", "auto"], qos={"latencyPerTokenMs": 99}, meta={"generation": 2}
+    )
+    seen = api.observe(early, edited, api.expert())
+    second = api.reconcile(seen, memory(first))
+    assert second.snapshots == first.snapshots
+    assert not second.config_maps
+    assert not second.stale_config_maps
+    assert api.conditions(second, "late") == {
+        "Accepted": ("False", "ModelNameConflict"),
+        "ResolvedRefs": ("Unknown", "NotAccepted"),
+        "ModelLoaded": ("Unknown", "NotAccepted"),
+        "Programmed": ("False", "NotAccepted"),
+        "Ready": ("False", "ModelNameConflict"),
+    }
+    text = api.message(second, "late", "Ready")
+    assert "auto is answered by default/early" in text
+    assert text.endswith("; generation 1 stays in force, for mine")
+    third = api.reconcile(seen, memory(second))
+    assert third.snapshots == first.snapshots
+    mended = api.policy("late", models=["more"], meta={"generation": 3})
+    fourth = api.reconcile(api.observe(early, mended, api.expert()), memory(third))
+    assert names(fourth) == {"early": ("auto",), "late": ("more",)}
+    assert api.conditions(fourth, "late")["Accepted"] == ("True", "Accepted")
+
+
+def test_what_stays_in_force_after_a_conflict_keeps_live_endpoints(api):
+    world = (api.policy("early", models=["auto"]),)
+    late = api.policy("late", models=["mine"])
+    first = api.reconcile(api.observe(*world, late, api.expert()))
+    edited = api.policy("late", models=["auto"], meta={"generation": 2})
+    moved = api.expert(addresses=["10.0.0.9:8000"])
+    second = api.reconcile(api.observe(*world, edited, moved), first.next)
+    assert api.addresses(second, "late") == ["10.0.0.9:8000"]
+    assert names(second) == {"early": ("auto",), "late": ("mine",)}
+
+
+@MEMORIES
+def test_a_name_kept_in_force_is_not_free_for_others(api, memory):
+    """`late` has lost its edit and falls back on what a third policy would like to have."""
+    early = api.policy("early", models=["auto"])
+    late = api.policy("late", models=["mine"])
+    first = api.reconcile(api.observe(early, late, api.expert()))
+    edited = api.policy("late", models=["auto"], meta={"generation": 2})
+    third = api.policy("a-third", models=["mine"])
+    second = api.reconcile(api.observe(early, edited, third, api.expert()), memory(first))
+    assert names(second) == {"early": ("auto",), "late": ("mine",)}
+    assert "mine is answered by default/late" in api.message(second, "a-third", "Accepted")
+
+
+@MEMORIES
+def test_a_name_that_is_given_up_is_free_at_once(api, memory):
+    early, late = api.policy("early", models=["a"]), api.policy("late", models=["b"])
+    first = api.reconcile(api.observe(early, late))
+    early = api.policy("early", models=["b"], meta={"generation": 2})
+    late = api.policy("late", models=["c"], meta={"generation": 2})
+    second = api.reconcile(api.observe(early, late), memory(first))
+    assert names(second) == {"early": ("b",), "late": ("c",)}
+
+
+@MEMORIES
+def test_an_invalid_policy_keeps_its_names(api, memory):
+    late = api.policy("late", models=["auto"], meta=MINUTE_LATER)
+    first = api.reconcile(api.observe(late, api.expert()))
+    broken = api.policy("late", models=[], meta=MINUTE_LATER | {"generation": 2})
+    early = api.policy("early", models=["auto"])
+    second = api.reconcile(api.observe(broken, early, api.expert()), memory(first))
+    assert second.snapshots == first.snapshots
+    assert api.message(second, "late", "Ready").endswith("; generation 1 stays in force, for auto")
+    assert "auto is answered by default/late" in api.message(second, "early", "Accepted")
+
+
+def test_config_maps_that_contradict_each_other_are_not_both_in_force(api):
+    """As when the operator ended between two writes."""
+    first = api.reconcile(api.observe(api.policy("early", models=["auto"])))
+    other = api.reconcile(api.observe(api.policy("late", models=["auto", "mine"])))
+    both = Previous(
+        snapshots={**first.next.snapshots, **other.next.snapshots},
+        stored={**first.next.stored, **other.next.stored},
+    )
+    broken = [api.policy(name, models=[]) for name in ("early", "late")]
+    assert names(api.reconcile(api.observe(*broken), both)) == {"early": ("auto",)}
+
+
+@MEMORIES
+@pytest.mark.parametrize("field", ["algorithm", "fallback"])
+def test_an_edit_to_an_unknown_algorithm_leaves_the_last_good_snapshot_in_force(api, memory, field):
+    first = api.reconcile(api.observe(api.policy(), api.expert()))
+    edited = api.policy(**{field: "HanDrl2"}, meta={"generation": 2})
+    second = api.reconcile(api.observe(edited, api.expert()), memory(first))
+    assert second.snapshots == first.snapshots
+    assert api.conditions(second, "auto")["Ready"] == ("False", "UnknownAlgorithm")
+    assert api.message(second, "auto", "Ready").endswith("; generation 1 stays in force, for auto")
+
+
+@MEMORIES
+def test_a_successor_of_the_same_name_holds_none_of_its_names(api, memory):
+    first = api.reconcile(api.observe(api.policy("late", models=["auto"])))
+    successor = api.policy("late", models=["auto"], meta={"uid": "another"})
+    second = api.reconcile(
+        api.observe(successor, api.policy("early", models=["auto"])), memory(first)
+    )
+    assert names(second) == {"early": ("auto",)}
 
 
 def test_a_loser_takes_no_other_name(api):
@@ -318,7 +496,8 @@ PROBED = {
     "all good": ((GOOD, GOOD), UP, ALL, LISTED),
     "one silent": ((GOOD, SILENT), UP, SOME, LISTED),
     "all silent": ((SILENT, SILENT), NONE, NONE, NOT_PROBED),
-    "other model": ((GOOD, OTHER), NOT_LISTED, ALL, NOT_LISTED),
+    "one serves another model": ((GOOD, OTHER), UP, ALL, NOT_LISTED),
+    "all serve another model": ((OTHER, OTHER), NOT_LISTED, ALL, NOT_LISTED),
     "no list": ((GOOD, LOCKED), UP, ALL, ("Unknown", "ListUnavailable")),
 }
 
@@ -332,6 +511,144 @@ def test_probes_become_conditions(api, found, ready, reachable, served):
         "Reachable": reachable,
         "ModelServed": served,
     }
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_without_the_permission_to_look_what_was_found_stays(api, valid):
+    selector = {"podSelector": {"matchLabels": {"app": "llm"}, "port": 8000}}
+    expert = api.expert(**selector)
+    first = api.reconcile(api.observe(api.policy(), expert, api.pod(ip="10.0.1.1")))
+    if not valid:
+        expert = api.expert(**selector, spec={"limits": {"concurrency": -1}})
+    blind = api.observe(api.policy(), expert, unreadable=frozenset({Kind.POD}))
+    second = api.reconcile(blind, first.next)
+    assert second.snapshots == first.snapshots
+    assert api.addresses(second) == ["10.0.1.1:8000"]
+    third = api.reconcile(blind, second.next)
+    assert third.snapshots == first.snapshots
+
+
+A1, A2 = ADDRESSES
+
+
+def test_an_endpoint_that_serves_another_model_gets_no_requests(api):
+    """It would answer each with 404; it is still probed, as it may change."""
+    world = (api.policy(), api.expert(addresses=ADDRESSES))
+    first = api.reconcile(api.observe(*world))
+    assert api.addresses(first) == ADDRESSES, "nothing is known yet"
+    seen = api.observe(*world, probes={A1: GOOD, A2: OTHER})
+    second = api.reconcile(seen, first.next)
+    assert api.addresses(second) == [A1]
+    assert second.addresses == set(ADDRESSES)
+    text = f"{A2} does not serve coder-model; it serves other"
+    assert api.message(second, "coder", "ModelServed") == text
+    assert api.message(second, "coder", "Ready") == f"1 of 2 endpoints is ready; {text}"
+    (write,) = [one for one in second.statuses if one.ref.key == CODER]
+    assert write.status["endpoints"] == {"ready": 1, "total": 2}
+    third = api.reconcile(api.observe(*world, probes={A1: GOOD, A2: GOOD}), second.next)
+    assert api.addresses(third) == ADDRESSES
+    assert api.conditions(third, "coder")["ModelServed"] == LISTED
+
+
+def test_an_expert_that_serves_another_model_gets_no_requests(api):
+    world = (api.policy(), api.expert(addresses=ADDRESSES))
+    outcome = api.reconcile(api.observe(*world, probes=dict.fromkeys(ADDRESSES, OTHER)))
+    assert api.addresses(outcome) == []
+    assert api.conditions(outcome, "coder")["Ready"] == NOT_LISTED
+    assert api.conditions(outcome, "auto")["Ready"] == ("False", "NoReadyEndpoints")
+    text = "1 of 1 expert is not ready: coder (ModelNotListed)"
+    assert api.message(outcome, "auto", "Ready") == text
+
+
+@pytest.mark.parametrize("found", [SILENT, LOCKED, None], ids=["off", "401", "not asked"])
+def test_an_endpoint_whose_list_is_unknown_gets_requests(api, found):
+    probes = {} if found is None else dict.fromkeys(ADDRESSES, found)
+    outcome = api.reconcile(
+        api.observe(api.policy(), api.expert(addresses=ADDRESSES), probes=probes)
+    )
+    assert api.addresses(outcome) == ADDRESSES
+
+
+def test_an_endpoint_that_served_another_model_and_is_silent_stays_out(api):
+    world = (api.policy(), api.expert(addresses=ADDRESSES))
+    first = api.reconcile(api.observe(*world, probes={A1: GOOD, A2: OTHER}))
+    second = api.reconcile(api.observe(*world, probes={A1: GOOD, A2: SILENT}), first.next)
+    assert api.addresses(second) == [A1]
+    # The list may be hidden by now, which says nothing of the models.
+    third = api.reconcile(api.observe(*world, probes={A1: GOOD, A2: LOCKED}), second.next)
+    assert api.addresses(third) == ADDRESSES
+
+
+@pytest.mark.parametrize("probes", [{A1: GOOD, A2: OTHER}, dict.fromkeys(ADDRESSES, OTHER)])
+def test_a_restart_brings_no_endpoint_back_that_serves_another_model(api, probes):
+    world = (api.policy(), api.expert(addresses=ADDRESSES))
+    first = api.reconcile(api.observe(*world, probes=probes))
+    statuses = {one.ref.key: one.status for one in first.statuses}
+    world = (
+        api.policy(status=statuses[AUTO]),
+        api.expert(addresses=ADDRESSES, status=statuses[CODER]),
+    )
+    second = api.reconcile(api.observe(*world), restarted(first))
+    assert second.snapshots == first.snapshots
+    assert second.statuses == ()
+    third = api.reconcile(api.observe(*world, probes=dict.fromkeys(ADDRESSES, GOOD)), second.next)
+    assert api.addresses(third) == ADDRESSES
+
+
+def test_ollama_leaves_out_the_tag_latest(api):
+    tagged = Probe(answers=True, models=("coder-model:latest",))
+    for engine, expected in (("ollama", LISTED), ("vllm", NOT_LISTED)):
+        expert = api.expert(addresses=[A1], spec={"engine": {"type": engine}})
+        outcome = api.reconcile(api.observe(expert, probes={A1: tagged}))
+        assert api.conditions(outcome, "coder")["ModelServed"] == expected
+
+
+def test_llama_cpp_answers_to_any_name(api):
+    """What it lists is the path of its file, unless it was given another name."""
+    expert = api.expert(addresses=[A1], spec={"engine": {"type": "llamacpp"}})
+    probes = {A1: Probe(answers=True, models=("/models/a.gguf",))}
+    outcome = api.reconcile(api.observe(api.policy(), expert, probes=probes))
+    assert api.addresses(outcome) == [A1]
+    assert api.conditions(outcome, "coder") == {
+        "Ready": UP,
+        "Reachable": ALL,
+        "ModelServed": NOT_LISTED,
+    }
+    text = f"{A1} lists /models/a.gguf, not coder-model; llama.cpp takes any name"
+    assert api.message(outcome, "coder", "ModelServed") == text
+
+
+def verdicts(outcome):
+    (write,) = [one for one in outcome.statuses if one.ref.kind is Kind.EXPERT]
+    return {one["type"]: one["reason"] for one in write.status["conditions"]}
+
+
+FORGOTTEN = {"Ready": "EndpointsReady", "Reachable": "NotProbed", "ModelServed": "NotProbed"}
+
+
+@pytest.mark.parametrize("found", [GOOD, SILENT, OTHER, LOCKED], ids=["ok", "off", "other", "401"])
+def test_a_restart_forgets_no_verdict(api, found):
+    """Else every expert would be told of twice, and a broken one be ready for a moment."""
+    seen = api.observe(api.expert(addresses=ADDRESSES), probes=dict.fromkeys(ADDRESSES, found))
+    (write,) = api.reconcile(seen).statuses
+    again = api.observe(api.expert(addresses=ADDRESSES, status=write.status))
+    assert api.reconcile(again).statuses == ()
+
+
+def test_a_verdict_on_another_generation_is_forgotten(api):
+    probes = dict.fromkeys(ADDRESSES, SILENT)
+    (write,) = api.reconcile(api.observe(api.expert(addresses=ADDRESSES), probes=probes)).statuses
+    newer = api.expert(addresses=ADDRESSES, status=write.status, meta={"generation": 2})
+    assert verdicts(api.reconcile(api.observe(newer))) == FORGOTTEN
+
+
+def test_a_verdict_of_another_version_of_the_operator_is_forgotten(api):
+    probes = dict.fromkeys(ADDRESSES, SILENT)
+    (write,) = api.reconcile(api.observe(api.expert(addresses=ADDRESSES), probes=probes)).statuses
+    for condition in write.status["conditions"]:
+        condition["reason"] = "OfLongAgo"
+    old = api.expert(addresses=ADDRESSES, status=write.status)
+    assert verdicts(api.reconcile(api.observe(old))) == FORGOTTEN
 
 
 def test_endpoints_are_counted(api):
@@ -408,6 +725,106 @@ def test_a_policy_serves_although_some_expert_is_broken(api):
     assert "bad (ServiceNotFound)" in api.message(outcome, "auto", "Ready")
 
 
+def test_a_snapshot_that_fits_no_config_map_is_served_and_told_of_once(api, monkeypatch):
+    seen = api.observe(api.policy(), api.expert())
+    small = api.reconcile(seen)
+    (snapshot,) = small.snapshots
+    served = replace(seen, servers={"s": api.acknowledging(small)})
+    serving = api.reconcile(served, small.next)
+    assert api.conditions(serving, "auto")["Ready"] == ("True", "Serving")
+
+    monkeypatch.setattr(module, "MAX_STORED_BYTES", module.stored_bytes(snapshot) - 1)
+    large = api.reconcile(served, replace(serving.next, stored={}))
+    assert large.snapshots == small.snapshots
+    assert (large.config_maps, large.stale_config_maps) == ((), ())
+    (write,) = large.statuses
+    assert api.conditions(large, "auto")["Ready"] == ("True", "SnapshotTooLarge")
+    assert "too large for its ConfigMap" in api.message(large, "auto", "Ready")
+    assert [(one.warning, one.reason) for one in write.events] == [(True, "SnapshotTooLarge")]
+    again = api.reconcile(served, large.next)
+    assert (again.statuses, again.config_maps) == ((), ())
+
+    monkeypatch.setattr(module, "MAX_STORED_BYTES", module.stored_bytes(snapshot))
+    fits = api.reconcile(served, large.next)
+    assert [one.snapshot for one in fits.config_maps] == [snapshot]
+    assert api.conditions(fits, "auto")["Ready"] == ("True", "Serving")
+
+
+def test_of_a_snapshot_that_grew_too_large_the_last_stored_one_stays(api, monkeypatch):
+    first = api.reconcile(api.observe(api.policy(), api.expert()))
+    monkeypatch.setattr(module, "MAX_STORED_BYTES", module.stored_bytes(first.snapshots[0]))
+    grown = api.observe(api.policy(), api.expert(), api.expert("chat"))
+    second = api.reconcile(grown, first.next)
+    assert second.snapshots != first.snapshots
+    assert (second.config_maps, second.stale_config_maps) == ((), ())
+    assert second.next.stored == first.next.stored
+
+
+def serving(api, *world, **observed):
+    """The same with a policy server that has everything in force."""
+    first = api.reconcile(api.observe(*world, **observed))
+    servers = {"a": api.acknowledging(first)}
+    return api.reconcile(api.observe(*world, servers=servers, **observed))
+
+
+def test_a_policy_is_not_ready_when_no_expert_answers(api):
+    world = (
+        api.policy(),
+        api.expert(addresses=ADDRESSES),
+        api.expert("idle", service={"name": "gone", "port": 1}),
+    )
+    outcome = serving(api, *world, probes=dict.fromkeys(ADDRESSES, SILENT))
+    assert api.addresses(outcome) == ADDRESSES, "the policy servers look for themselves"
+    assert api.conditions(outcome, "auto")["Programmed"] == ("True", "Acknowledged")
+    assert api.conditions(outcome, "auto")["Ready"] == NONE
+    text = "2 of 2 experts are not ready: coder (NoneAnswers), idle (ServiceNotFound)"
+    assert api.message(outcome, "auto", "Ready") == text
+
+
+def test_a_policy_is_ready_when_one_endpoint_answers(api):
+    world = (api.policy(), api.expert(addresses=ADDRESSES))
+    outcome = serving(api, *world, probes={A1: SILENT, A2: GOOD})
+    assert api.conditions(outcome, "auto")["Ready"] == ("True", "Serving")
+    assert api.message(outcome, "auto", "Ready") == "1 expert, 2 endpoints"
+
+
+def test_a_policy_is_degraded_when_some_expert_does_not_answer(api):
+    world = (api.policy(), api.expert(addresses=[A1]), api.expert("chat", addresses=[A2]))
+    outcome = serving(api, *world, probes={A1: SILENT, A2: LOCKED})
+    assert api.conditions(outcome, "auto")["ResolvedRefs"] == ("True", "AllResolved")
+    assert api.conditions(outcome, "auto")["Ready"] == ("True", "Degraded")
+    text = "2 experts, 2 endpoints; 1 of 2 experts is not ready: coder (NoneAnswers)"
+    assert api.message(outcome, "auto", "Ready") == text
+
+
+def test_a_policy_that_degrades_and_recovers_tells_of_both_once(api):
+    world = (api.policy(), api.expert(addresses=[A1]), api.expert("chat", addresses=[A2]))
+    first = api.reconcile(api.observe(*world))
+    servers = {"a": api.acknowledging(first)}
+
+    def told(previous, probe):
+        seen = api.observe(*world, servers=servers, probes={A1: probe, A2: LOCKED})
+        outcome = api.reconcile(seen, previous)
+        events = [e for w in outcome.statuses if w.ref.key == AUTO for e in w.events]
+        return outcome.next, [(one.warning, one.reason) for one in events]
+
+    now, events = told(first.next, SILENT)
+    assert (True, "Degraded") in events
+    assert told(now, SILENT)[1] == []
+    now, events = told(now, GOOD)
+    assert events == [(False, "Serving")]
+    assert told(now, SILENT)[1] == [(True, "Degraded")]
+
+
+def test_a_restart_forgets_not_that_no_expert_answers(api):
+    world = (api.policy(), api.expert(addresses=[A1]))
+    first = serving(api, *world, probes={A1: SILENT})
+    statuses = {one.ref.key: one.status for one in first.statuses}
+    world = (api.policy(status=statuses[AUTO]), api.expert(addresses=[A1], status=statuses[CODER]))
+    servers = {"a": api.acknowledging(first)}
+    assert api.reconcile(api.observe(*world, servers=servers), restarted(first)).statuses == ()
+
+
 def test_an_old_generation_is_not_programmed(api):
     first = api.reconcile(api.observe(api.policy(), api.expert()))
     servers = {"a": api.acknowledging(first)}
@@ -470,6 +887,56 @@ def test_events_tell_transitions_only(api):
     assert third.statuses[0].events == ()
 
 
+def told(outcome, name):
+    (write,) = [one for one in outcome.statuses if one.ref.key.name == name]
+    return [(event.warning, event.reason, event.message) for event in write.events]
+
+
+@pytest.mark.parametrize(("backend", "reason"), UNRESOLVED.values(), ids=UNRESOLVED)
+def test_an_expert_that_leads_nowhere_from_the_start_is_told(api, backend, reason):
+    objects = (api.service(), api.service("external", type="ExternalName"), api.expert(**backend))
+    outcome = api.reconcile(api.observe(*objects))
+    message = f"Ready: {api.message(outcome, 'coder', 'Ready')}"
+    assert told(outcome, "coder") == [(True, reason, message)]
+    assert api.reconcile(api.observe(*objects), outcome.next).statuses == ()
+
+
+def test_an_expert_that_is_only_starting_is_not_told(api):
+    expert = api.expert(service={"name": "engine", "port": 80})
+    assert told(api.reconcile(api.observe(api.service(), expert)), "coder") == []
+
+
+@pytest.mark.parametrize(("found", "reason"), [(SILENT, "NoneAnswers"), (OTHER, "ModelNotListed")])
+def test_an_expert_that_cannot_serve_from_the_start_is_told_once(api, found, reason):
+    seen = api.observe(api.expert(addresses=[A1]), probes={A1: found})
+    assert [event[:2] for event in told(api.reconcile(seen), "coder")] == [(True, reason)]
+
+
+def test_an_invalid_object_is_told_once(api):
+    broken = (api.policy(models=[]), api.expert(spec={"profile": {"peakTflops": -1}}))
+    outcome = api.reconcile(api.observe(*broken))
+    (event,) = told(outcome, "auto")
+    assert event[:2] == (True, "InvalidSpec")
+    assert event[2].startswith("Accepted: spec.models: ")
+    (event,) = told(outcome, "coder")
+    assert event[:2] == (True, "InvalidSpec")
+
+
+def test_conditions_come_in_a_fixed_order_ready_first(api):
+    outcome = api.reconcile(api.observe(api.policy(), api.expert()))
+    assert list(api.conditions(outcome, "coder")) == ["Ready", "Reachable", "ModelServed"]
+    assert list(api.conditions(outcome, "auto")) == [
+        *("Ready", "Accepted", "ResolvedRefs", "ModelLoaded", "Programmed")
+    ]
+
+
+def test_another_order_of_conditions_is_no_change(api):
+    """The API server may keep the order that it knows."""
+    (write,) = api.reconcile(api.observe(api.policy())).statuses
+    shuffled = {**write.status, "conditions": write.status["conditions"][::-1]}
+    assert api.reconcile(api.observe(api.policy(status=shuffled))).statuses == ()
+
+
 def test_statuses_of_objects_that_are_gone_are_forgotten(api):
     first = api.reconcile(api.observe(api.policy(), api.expert()))
     second = api.reconcile(api.observe(api.policy(), api.expert()), first.next)
@@ -497,6 +964,33 @@ def test_statuses_fit_the_crd(api):
             else RoutingPolicyStatus
         )
         model.model_validate(dict(write.status))
+
+
+def test_one_is_told_as_one(api):
+    outcome = serving(api, api.policy(), api.expert(), probes={"10.0.0.1:8000": GOOD})
+    assert api.message(outcome, "coder", "Ready") == "1 of 1 endpoint is ready"
+    assert api.message(outcome, "coder", "Reachable") == "1 of 1 endpoint answers"
+    assert api.message(outcome, "auto", "Ready") == "1 expert, 1 endpoint"
+    assert api.message(outcome, "auto", "ResolvedRefs") == "1 expert"
+    assert api.message(outcome, "auto", "Programmed") == "1/1 policy server has generation 1"
+
+
+def test_several_are_told_as_several(api):
+    world = (
+        api.policy(),
+        api.expert(addresses=ADDRESSES),
+        api.expert("chat", addresses=["10.1.1.1:1"]),
+    )
+    seen = api.observe(*world, probes={A1: GOOD, A2: SILENT})
+    first = api.reconcile(seen)
+    servers = {"a": api.acknowledging(first), "b": api.acknowledging(first)}
+    outcome = api.reconcile(api.observe(*world, servers=servers, probes={A1: GOOD, A2: GOOD}))
+    assert api.message(outcome, "coder", "Ready") == "2 of 2 endpoints are ready"
+    assert api.message(outcome, "coder", "Reachable") == "2 of 2 endpoints answer"
+    assert api.message(first, "coder", "Reachable") == f"1 of 2 endpoints answers: {A2} refused"
+    assert api.message(outcome, "auto", "Ready") == "2 experts, 3 endpoints"
+    assert api.message(outcome, "auto", "ResolvedRefs") == "2 experts"
+    assert api.message(outcome, "auto", "Programmed") == "2/2 policy servers have generation 1"
 
 
 def test_long_lists_are_cut_short(api):

@@ -32,7 +32,10 @@ def bodies(draw, api, kind):
         case Kind.EXPERT:
             backend = draw(st.sampled_from(BACKENDS))
             labels = draw(st.sampled_from(LABELS))
-            body = api.expert(name, meta={"labels": labels})
+            engine = {"type": draw(st.sampled_from(["vllm", "llamacpp"]))}
+            generation = draw(st.sampled_from([1, 1, 1, 2]))
+            meta = {"labels": labels, "generation": generation}
+            body = api.expert(name, meta=meta, spec={"engine": engine})
             body["spec"]["backend"] = backend
             return body
         case Kind.POLICY:
@@ -134,9 +137,15 @@ def test_a_run_of_states(api, data):
         assert again.snapshots == outcome.snapshots
         assert (again.statuses, again.config_maps, again.stale_config_maps) == ((), (), ())
         assert again.next == outcome.next
+        stay = previous.snapshots.keys() & seen.policies.keys()
+        assert stay <= outcome.next.snapshots.keys(), "what is in force is never lost to another"
         models = [model for snapshot in outcome.snapshots for model in snapshot.models]
         assert len(models) == len(set(models))
         for write in outcome.statuses:
             for c in write.status["conditions"]:
                 assert (write.ref.kind, c["type"], c["status"], c["reason"]) in KNOWN
         previous = outcome.next
+        if not data.draw(st.integers(0, 3)):  # the operator is started again
+            previous = Previous(
+                snapshots=previous.snapshots, stored=previous.stored, statuses=previous.statuses
+            )

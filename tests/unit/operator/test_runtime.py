@@ -2,12 +2,16 @@
 
 import asyncio
 import contextlib
+import gc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from aiohttp import web
+from structlog.testing import capture_logs
 
-from pointsman_operator import runtime
+from pointsman_operator import runtime, store
 from pointsman_operator.cluster import ClusterError, config_map
 from pointsman_operator.observed import Key, Kind
 from pointsman_operator.publisher import PolicyCounts, ServerReport
@@ -24,6 +28,7 @@ class FakeCluster:
     def __init__(self):
         self.objects = {kind: {} for kind in Kind}
         self.missing = set()
+        self.forbidden = set()
         self.error = None
         self.log = []
         self.changed = asyncio.Event()
@@ -34,7 +39,12 @@ class FakeCluster:
 
     async def list_all(self, kind):
         self._check("list", kind)
+        if kind in self.forbidden:
+            raise ClusterError("forbidden", status=403)
         return None if kind in self.missing else list(self.objects[kind].values())
+
+    async def may_watch(self, kind):
+        return kind not in self.forbidden
 
     async def write_snapshot(self, write):
         self._check("snapshot", write.snapshot)
@@ -72,8 +82,12 @@ class FakeServers:
 
     def __init__(self):
         self.sets = []
+        self.publishers = []
         self.changed = asyncio.Event()
         self.counts = {}
+        self.open = asyncio.Event()
+        """They answer to sets."""
+        self.open.set()
 
     def connect(self, address):
         return FakeServer(self, address)
@@ -84,7 +98,9 @@ class FakeServer:
         self._owner, self._address = owner, address
         self._applied = {}
 
-    async def publish(self, _publisher, what):
+    async def publish(self, publisher, what):
+        await self._owner.open.wait()
+        self._owner.publishers.append(publisher)
         self._applied = what.applied
         self._owner.sets.append((self._address, what))
         self._owner.changed.set()
@@ -115,12 +131,14 @@ class Rig:
         self.operator = None
 
     @contextlib.asynccontextmanager
-    async def running(self, **settings):
+    async def running(self, *, unwatched=(), on_stale_watches=None, **settings):
         self.operator = Operator(
             replace(SETTINGS, **settings),
             self.cluster,
             memory=self.memory,
             connect=self.servers.connect,
+            unwatched=unwatched,
+            on_stale_watches=on_stale_watches,
         )
         await self.operator.start()
         try:
@@ -167,7 +185,7 @@ async def test_from_objects_to_a_policy_server_and_back_to_a_status(api, rig):
         assert rig.servers.sets[0][0] == SERVER
         assert "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP]
         await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
-        assert ("event", ("coder", "NoneAnswers")) in rig.cluster.log
+        await rig.until(lambda: ("event", ("auto", "NoneAnswers")) in rig.cluster.log)
         assert (await rig.get("/readyz"))[0] == 200
         assert (await rig.get("/healthz")) == (200, "ok\n")
         page = (await rig.get("/metrics"))[1]
@@ -197,15 +215,57 @@ async def test_a_list_finds_what_no_watch_has_told(api, rig):
         assert b"10.0.0.2" not in rig.servers.sets[1][1].snapshots[0].snapshot_json
 
 
+async def test_an_engine_that_serves_another_model_gets_no_requests(api, rig, engine):
+    rig.cluster.put(api.policy(), api.expert(addresses=[engine.address]))
+    async with rig.running(probe_interval_s=0.05):
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == "ModelNotListed")
+        await rig.until(lambda: engine.address not in sent(rig))
+        await rig.until(lambda: rig.reason("auto", "Ready") == "NoReadyEndpoints")
+        engine.models = ["coder-model"]
+        await rig.until(lambda: engine.address in sent(rig))
+        await rig.until(lambda: rig.reason("auto", "Ready") == "Serving")
+
+
+def sent(rig):
+    """The last set as text."""
+    return "".join(one.snapshot_json.decode() for one in rig.servers.sets[-1][1].snapshots)
+
+
+@pytest.fixture
+async def engine():
+    """An engine whose list of ``models`` can be changed; it hangs unless ``open``."""
+    fake = SimpleNamespace(models=["another-model"], address="", open=asyncio.Event())
+    fake.open.set()
+
+    async def answer(_):
+        await fake.open.wait()
+        return web.json_response({"data": [{"id": name} for name in fake.models]})
+
+    app = web.Application()
+    app.router.add_get("/v1/models", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    fake.address = f"127.0.0.1:{runner.addresses[0][1]}"
+    yield fake
+    await runner.cleanup()
+
+
 async def test_at_rest_nothing_is_written_or_sent(api, rig):
     rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
     async with rig.running(resync_interval_s=0.05):
-        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+        await told_of_silence(rig)
         await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
         await lists(rig, 4)
         before = (rig.cluster.writes(), list(rig.servers.sets))
         await lists(rig, 4)
         assert (rig.cluster.writes(), rig.servers.sets) == before
+
+
+async def told_of_silence(rig):
+    """Wait until all statuses say that the engine does not answer."""
+    await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+    await rig.until(lambda: rig.reason("auto", "Ready") == "NoneAnswers")
 
 
 async def lists(rig, count):
@@ -217,7 +277,7 @@ async def lists(rig, count):
 async def test_a_restart_writes_nothing_and_sends_the_same(api, rig):
     rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
     async with rig.running():
-        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NoneAnswers")
+        await told_of_silence(rig)
         await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
     first = rig.servers.sets[-1][1]
     rig.memory, rig.cluster.log = Memory(), []
@@ -225,7 +285,186 @@ async def test_a_restart_writes_nothing_and_sends_the_same(api, rig):
         await rig.until(lambda: len(rig.servers.sets) == 2)
         await lists(rig, 4)
         assert rig.servers.sets[-1][1].applied == first.applied
-        assert [w for w in rig.cluster.writes() if w[0] in ("snapshot", "delete")] == []
+        # Not even that nobody was asked yet.
+        assert rig.cluster.writes() == []
+
+
+async def test_after_a_restart_a_slow_policy_server_is_waited_for(api, rig, monkeypatch):
+    """Else each policy would be told of as Pending, and once more as Acknowledged."""
+    monkeypatch.setattr(runtime, "SETTLE_S", 0.001)
+    rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
+    async with rig.running():
+        await told_of_silence(rig)
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+    rig.memory, rig.cluster.log = Memory(), []
+    rig.servers.open.clear()
+    async with rig.running(resync_interval_s=0.05):
+        await lists(rig, 4)
+        rig.servers.open.set()
+        await rig.until(lambda: len(rig.servers.sets) == 2)
+        await lists(rig, 4)
+        assert rig.cluster.writes() == []
+
+
+async def test_each_run_publishes_under_a_name_of_its_own(api, rig):
+    """It counts its sets from one; policy servers refuse what seems older than the last."""
+    rig.cluster.put(api.policy(), api.expert())
+    for run in (1, 2):
+        async with rig.running():
+            await rig.until(lambda run=run: len(rig.servers.publishers) == run)
+    assert len(set(rig.servers.publishers)) == 2
+
+
+async def test_what_may_not_be_listed_stops_nothing_else(api, rig):
+    pods = {"podSelector": {"matchLabels": {"app": "llm"}, "port": 8000}}
+    rig.cluster.put(api.policy(), api.expert(), api.expert("chat", **pods))
+    rig.cluster.forbidden = {Kind.POD, Kind.CONFIG_MAP}
+    async with rig.running(resync_interval_s=0.05):
+        await rig.until(lambda: rig.reason("chat", "Ready", Kind.EXPERT) == "NotPermitted")
+        assert [one.policy for one in rig.servers.sets[0][1].snapshots] == ["auto"]
+        rig.cluster.forbidden = set()
+        await rig.until(lambda: rig.reason("chat", "Ready", Kind.EXPERT) == "NoEndpoints")
+
+
+async def test_an_inference_pool_crd_that_comes_later_is_found_soon(api, rig, monkeypatch):
+    monkeypatch.setattr(runtime, "POOLS_INTERVAL_S", 0.01)
+    rig.cluster.missing = {Kind.POOL}
+    rig.cluster.put(api.policy(), api.expert(inferencePool={"name": "ants"}))
+    async with rig.running(resync_interval_s=3600.0):
+        reason = "InferencePoolNotInstalled"
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == reason)
+        rig.cluster.missing = set()
+        reason = "InferencePoolNotFound"
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == reason)
+        looks = rig.cluster.log.count(("list", Kind.POOL))
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+        assert rig.cluster.log.count(("list", Kind.POOL)) == looks, "it is there: no more looks"
+
+
+async def test_an_inference_pool_crd_that_nobody_waits_for_is_not_looked_for(api, rig, monkeypatch):
+    monkeypatch.setattr(runtime, "POOLS_INTERVAL_S", 0.001)
+    rig.cluster.missing = {Kind.POOL}
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+        assert rig.cluster.log.count(("list", Kind.POOL)) == 1
+
+
+async def test_engines_are_asked_before_the_first_status_is_written(api, rig, engine):
+    experts = [api.expert(f"e{number}", addresses=[engine.address]) for number in range(20)]
+    engine.models = [one["spec"]["model"] for one in experts]
+    rig.cluster.put(api.policy(), *experts)
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: rig.reason("auto", "Ready") == "Serving")
+        for one in experts:
+            name = one["metadata"]["name"]
+            await rig.until(lambda n=name: rig.reason(n, "ModelServed", Kind.EXPERT))
+    statuses = [one.ref.key.name for what, one in rig.cluster.writes() if what == "status"]
+    assert sorted(statuses) == sorted(["auto", *(one["metadata"]["name"] for one in experts)])
+    assert rig.reason("e0", "ModelServed", Kind.EXPERT) == "ModelListed"
+
+
+async def test_an_engine_that_hangs_does_not_keep_statuses_back(api, rig, engine, monkeypatch):
+    monkeypatch.setattr(runtime, "FIRST_SETTLE_S", 0.01)
+    engine.open.clear()
+    rig.cluster.put(api.policy(), api.expert(addresses=[engine.address]))
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: rig.reason("coder", "Reachable", Kind.EXPERT) == "NotProbed")
+        engine.open.set()
+
+
+async def test_a_stop_amid_many_writes_leaves_nothing_unawaited(api, rig):
+    rig.cluster.put(api.policy(), *(api.expert(f"e{number}") for number in range(20)))
+    rig.cluster.write_status = blocked(rig.cluster)
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: ("status", "blocked") in rig.cluster.log)
+    gc.collect()  # a coroutine that was never awaited would be told of by now
+
+
+def blocked(cluster):
+    async def write(_):
+        cluster.log.append(("status", "blocked"))
+        cluster.changed.set()
+        await asyncio.Event().wait()
+
+    return write
+
+
+async def test_without_experts_and_policies_nothing_is_known(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    rig.cluster.forbidden = {Kind.EXPERT}
+    async with rig.running(resync_interval_s=0.05):
+        await lists(rig, 2)
+        assert (await rig.get("/readyz"))[0] == 503
+        assert rig.servers.sets == []
+
+
+async def test_a_watch_that_misses_changes_and_says_nothing_is_told_of(api, rig, monkeypatch):
+    monkeypatch.setattr(store, "GRACE_S", 0.1)
+    told = asyncio.Queue()
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(resync_interval_s=0.05, on_stale_watches=told.put_nowait):
+        await rig.until(lambda: len(rig.servers.sets) == 1)
+        rig.cluster.put(api.expert(addresses=["10.0.0.7:8000"], meta={"generation": 2}))
+        async with asyncio.timeout(20):
+            assert "LLMExpert" in await told.get()
+
+
+async def test_what_may_not_be_watched_is_listed_and_watched_once_it_may(api, rig):
+    told = asyncio.Queue()
+    pods = {"podSelector": {"matchLabels": {"app": "llm"}, "port": 8000}}
+    rig.cluster.put(api.policy(), api.expert(**pods))
+    rig.cluster.forbidden = {Kind.POD}
+    async with rig.running(
+        resync_interval_s=0.05, unwatched=[Kind.POD], on_stale_watches=told.put_nowait
+    ):
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == "NotPermitted")
+        await lists(rig, 2)
+        assert told.empty()
+        rig.cluster.forbidden = set()
+        async with asyncio.timeout(20):
+            assert await told.get() == "Pod may be watched now"
+
+
+async def test_a_right_that_is_taken_away_is_told_of(api, rig):
+    told = asyncio.Queue()
+    pods = {"podSelector": {"matchLabels": {"app": "llm"}, "port": 8000}}
+    rig.cluster.put(api.policy(), api.expert(**pods), api.pod(ip="127.0.0.1"))
+    async with rig.running(resync_interval_s=0.05, on_stale_watches=told.put_nowait):
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == "NoneAnswers")
+        rig.cluster.forbidden = {Kind.POD, Kind.CONFIG_MAP}
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == "NotPermitted")
+        async with asyncio.timeout(20):
+            assert await told.get() == "Pod may not be watched any more"
+    assert len(rig.servers.sets) == 1
+
+
+async def test_a_namespace_that_ends_is_no_failure(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    ending = ClusterError("being terminated", status=403, cause="NamespaceTerminating")
+    rig.cluster.post_event = raising(ending, rig.cluster)
+    rig.cluster.write_snapshot = raising(ending, rig.cluster)
+    with capture_logs() as logs:
+        async with rig.running(resync_interval_s=0.05):
+            await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+            await lists(rig, 2)
+            page = (await rig.get("/metrics"))[1]
+    assert [one for one in logs if one["log_level"] in ("warning", "error")] == []
+    assert 'writes_total{result="gone",what="configmap"}' in page
+    assert 'writes_total{result="gone",what="event"}' in page
+    assert 'result="failed",what="configmap"' not in page
+
+
+async def test_averages_of_a_status_outlive_a_restart(api, rig):
+    rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
+    rig.servers.counts = {AUTO: PolicyCounts(4, 1, 2.0)}
+    async with rig.running():
+        await rig.until(lambda: rig.status("auto").get("averageQos") == 0.5)
+        await told_of_silence(rig)
+    rig.memory, rig.cluster.log = Memory(), []
+    async with rig.running(resync_interval_s=0.05, status_poll_interval_s=3600.0):
+        await lists(rig, 4)
+        assert rig.cluster.writes() == []
 
 
 async def test_a_broken_policy_keeps_its_snapshot_over_a_restart(api, rig):
@@ -276,7 +515,7 @@ async def test_an_object_that_is_gone_is_not_written_again_and_again(api, rig):
 
 
 def raising(error, cluster):
-    async def write(what):
+    async def write(what, *_):
         cluster.log.append(("status", what))
         cluster.changed.set()
         raise error
@@ -284,16 +523,17 @@ def raising(error, cluster):
     return write
 
 
-async def test_the_loser_of_a_name_loses_its_config_map(api, rig):
+async def test_a_name_in_force_stays_with_its_policy_over_a_restart(api, rig):
     rig.cluster.put(api.policy("late", models=["late"], meta={"creationTimestamp": "2027"}))
     rig.cluster.put(api.expert())
-    async with rig.running(resync_interval_s=0.05):
-        await rig.until(lambda: "pointsman-snapshot-late" in rig.cluster.objects[Kind.CONFIG_MAP])
-        rig.cluster.put(api.policy("early", models=["late"]))
-        await rig.until(
-            lambda: "pointsman-snapshot-late" not in rig.cluster.objects[Kind.CONFIG_MAP]
-        )
-        await rig.until(lambda: rig.reason("late", "Accepted") == "ModelNameConflict")
+    async with rig.running():
+        await rig.until(lambda: rig.reason("late", "Programmed") == "Acknowledged")
+    rig.cluster.put(api.policy("early", models=["late"]))
+    rig.memory = Memory()
+    async with rig.running():
+        await rig.until(lambda: rig.reason("early", "Accepted") == "ModelNameConflict")
+        assert [one.policy for one in rig.servers.sets[-1][1].snapshots] == ["late"]
+    assert list(rig.cluster.objects[Kind.CONFIG_MAP]) == ["pointsman-snapshot-late"]
 
 
 async def test_a_status_that_somebody_changed_is_put_right(api, rig):

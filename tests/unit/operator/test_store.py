@@ -81,6 +81,14 @@ def test_changes_that_only_a_list_finds_were_missed(api):
     assert store.missed(Kind.POD, now=GRACE_S) == 0
 
 
+def test_what_changes_often_is_missed_as_well(api):
+    store = Store()
+    relist(store, api.pod("a"))
+    for at in range(int(GRACE_S) + 1):
+        relist(store, api.pod("a", ready=at % 2 == 0), now=float(at))
+    assert store.missed(Kind.POD, now=GRACE_S + 1) == 1
+
+
 def test_a_kind_that_is_not_installed(api):
     store = Store()
     store.take_event(Kind.POOL, "ADDED", api.pool(), now=0.0)

@@ -1,0 +1,24 @@
+"""Counts and lists in messages for people. Pure."""
+
+from collections.abc import Iterable
+from typing import Final
+
+SHOWN: Final = 3
+"""Items that a message lists."""
+
+
+def listed(items: Iterable[object]) -> str:
+    """The first few, and how many more there are."""
+    texts = [str(item) for item in items]
+    shown = ", ".join(texts[:SHOWN])
+    return f"{shown} and {len(texts) - SHOWN} more" if len(texts) > SHOWN else shown
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 expert``, ``2 experts``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def share(number: int, total: int, noun: str, *, one: str = "is", many: str = "are") -> str:
+    """``1 of 2 experts is``, ``2 of 2 experts are``: the verb is that of the number."""
+    return f"{number} of {counted(total, noun)} {one if 1 in (number, total) else many}"
