@@ -411,8 +411,9 @@ class OperatorProcess:
         return self.child.log_path.read_text(encoding="utf-8", errors="replace")
 
     def errors(self) -> list[str]:
-        """Lines of the log that tell of a bug."""
-        return [line for line in self.log.splitlines() if '"level": "error"' in line]
+        """Lines of the log that tell of a bug; kopf tells of each try in this level."""
+        lines = self.log.splitlines()
+        return [one for one in lines if '"level": "error"' in one and "will retry" not in one]
 
     @property
     def running(self) -> bool:
