@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 
 from pointsman_core.resources import (
+    Algorithm,
     LLMExpert,
     LLMExpertStatus,
     ObjectMeta,
@@ -418,9 +419,9 @@ def _with_candidates(snapshot: Snapshot, candidates: Iterable[Candidate]) -> Sna
 def _policy_status(
     policy: _Policy, observed: Observed, previous: Previous, now: datetime
 ) -> StatusWrite | None:
-    refs, model = _resolved_refs(policy), _model_loaded(policy)
+    refs, model = _resolved_refs(policy), _model_loaded(policy, observed.servers)
     programmed = _programmed(policy, observed.servers)
-    ready = _policy_ready(policy, refs, programmed)
+    ready = _policy_ready(policy, refs, programmed, model)
     performance = observed.performance.get(policy.meta.key, Performance())
     fields: dict[str, Any] = {
         "experts": len(policy.selected),
@@ -459,12 +460,28 @@ def _resolved_refs(policy: _Policy) -> Finding:
     return Finding(Type.RESOLVED_REFS, TRUE, Reason.ALL_RESOLVED, text)
 
 
-def _model_loaded(policy: _Policy) -> Finding:
+def _model_loaded(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
     if (refusal := _not_accepted(Type.MODEL_LOADED, policy)) is not None:
         return refusal
     algorithm = "" if policy.accepted is None else policy.accepted.resource.spec.algorithm
-    text = f"{algorithm} needs no model"
-    return Finding(Type.MODEL_LOADED, TRUE, Reason.NO_MODEL_NEEDED, text)
+    if algorithm != Algorithm.HAN_DRL:
+        text = f"{algorithm} needs no model"
+        return Finding(Type.MODEL_LOADED, TRUE, Reason.NO_MODEL_NEEDED, text)
+    counted = {address: server for address, server in sorted(servers.items()) if server.counted}
+    said = {
+        address: server.models[policy.meta.key]
+        for address, server in counted.items()
+        if policy.meta.key in server.models
+        and server.applied.get(policy.meta.key, (-1, ""))[0] == policy.meta.generation
+    }
+    for address, (_, error) in said.items():
+        if error:
+            return Finding(Type.MODEL_LOADED, FALSE, Reason.LOAD_FAILED, f"{address}: {error}")
+    count = f"{len(said)}/{len(counted)} policy servers have loaded it"
+    if not counted or len(said) < len(counted):
+        return Finding(Type.MODEL_LOADED, UNKNOWN, Reason.PENDING, count)
+    found = ", ".join(sorted({sha256[:12] for sha256, _ in said.values()}))
+    return Finding(Type.MODEL_LOADED, TRUE, Reason.LOADED, f"{count}: {found}")
 
 
 def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
@@ -493,7 +510,7 @@ def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
     return Finding(Type.PROGRAMMED, UNKNOWN, Reason.PENDING, count)
 
 
-def _policy_ready(policy: _Policy, refs: Finding, programmed: Finding) -> Finding:
+def _policy_ready(policy: _Policy, refs: Finding, programmed: Finding, model: Finding) -> Finding:
     if policy.verdict.status != TRUE:
         text = policy.verdict.message
         if policy.snapshot is not None:
@@ -510,6 +527,8 @@ def _policy_ready(policy: _Policy, refs: Finding, programmed: Finding) -> Findin
     text = f"{len({one.expert for one in candidates})} experts, {len(candidates)} endpoints"
     if refs.status != TRUE:
         return Finding(Type.READY, TRUE, Reason.DEGRADED, f"{text}; {refs.message}")
+    if model.status == FALSE:
+        return Finding(Type.READY, TRUE, Reason.DEGRADED, f"{text}; {model.message}")
     return Finding(Type.READY, TRUE, Reason.SERVING, text)
 
 
