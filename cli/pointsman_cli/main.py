@@ -13,6 +13,7 @@ from pointsman_cli.data import app as data
 from pointsman_cli.demo.command import demo
 from pointsman_cli.evaluate import evaluate
 from pointsman_cli.predictors import app as predictor
+from pointsman_cli.train import train
 from pointsman_cli.tune import tune
 from pointsman_engine_sim.cli import engine_sim
 from pointsman_operator.cli import operator
@@ -37,6 +38,7 @@ app.add_typer(bench, name="bench")
 app.add_typer(calibrate, name="calibrate")
 app.add_typer(data, name="data")
 app.add_typer(predictor, name="predictor")
+app.command("train")(train)
 app.command("tune")(tune)
 app.command("snapshot")(snapshot)
 app.command("evaluate")(evaluate)

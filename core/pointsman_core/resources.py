@@ -46,6 +46,8 @@ LABEL_KEY_PATTERN = rf"^({_LABEL}(\.{_LABEL})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,6
 ADDRESS_PATTERN = rf"^({_OCTET}(\.{_OCTET}){{3}}|\[[0-9A-Fa-f:.]{{2,45}}\]):{_PORT}$"
 URL_PATH_PATTERN = r"^/[^ ?#]*$"
 VERSION_PATTERN = r"^[0-9a-f]{16}$"
+SHA256_PATTERN = r"^[0-9a-f]{64}$"
+FILE_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 CONDITION_TYPE_PATTERN = r"^[A-Z][A-Za-z0-9]*$"
 CONDITION_REASON_PATTERN = r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"
 
@@ -57,6 +59,8 @@ PATTERN_MEANINGS: Final = {
     ADDRESS_PATTERN: "ip:port (a port of 1 to 65535, IPv6 in brackets, no host name)",
     URL_PATH_PATTERN: "an absolute path such as /metrics, without query",
     VERSION_PATTERN: "16 hex digits",
+    SHA256_PATTERN: "64 hex digits in lower case",
+    FILE_NAME_PATTERN: "a file's name without folder: letters, digits and any of . _ -",
     CONDITION_TYPE_PATTERN: "CamelCase",
     CONDITION_REASON_PATTERN: "CamelCase",
 }
@@ -209,6 +213,7 @@ class Algorithm(StrEnum):
     WEIGHTED_SCORE = "WeightedScore"
     LATENCY_QUALITY_GREEDY = "LatencyQualityGreedy"
     IMPACT_GREEDY = "ImpactGreedy"
+    HAN_DRL = "HanDrl"
 
 
 class EngineType(StrEnum):
@@ -667,8 +672,32 @@ class DomainRule(Resource):
     )
 
 
+class ModelReference(Resource):
+    """A trained model of HanDrl, as `pointsman train` writes it."""
+
+    file: Annotated[str, Field(pattern=FILE_NAME_PATTERN, max_length=128)] = Field(
+        description="Name of the file in the policy server's folder of models."
+    )
+    sha256: Annotated[str, Field(pattern=SHA256_PATTERN, max_length=64)] = Field(
+        description="SHA-256 that the file must have: another file is refused."
+    )
+
+
 class RoutingPolicySpec(Resource):
     """How requests for some model names are routed."""
+
+    rules = (
+        Rule(
+            cel="!has(self.model) || self.algorithm == 'HanDrl'",
+            message="model is for algorithm: HanDrl only",
+            holds=lambda spec: spec.model is None or spec.algorithm is Algorithm.HAN_DRL,
+        ),
+        Rule(
+            cel="self.fallback != 'HanDrl'",
+            message="fallback must not be HanDrl: it has to work when no model does",
+            holds=lambda spec: spec.fallback is not Algorithm.HAN_DRL,
+        ),
+    )
 
     models: UniqueList[ModelName] = Field(
         min_length=1, max_length=16, description="Model names that this policy answers."
@@ -679,6 +708,10 @@ class RoutingPolicySpec(Resource):
     qos: QoS = Field(default_factory=QoS, description="What in time means.")
     algorithm: Algorithm = Field(
         default=Algorithm.LATENCY_QUALITY_GREEDY, description="How the endpoint is chosen."
+    )
+    model: ModelReference | None = Field(
+        default=None,
+        description="Which model HanDrl decides by; the one shipped with Pointsman when absent.",
     )
     fallback: Algorithm = Field(
         default=Algorithm.LEAST_LOAD, description="How it is chosen when the algorithm fails."

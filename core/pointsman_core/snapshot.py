@@ -19,6 +19,7 @@ from pointsman_core.resources import (
     Engine,
     ExpertLimits,
     LLMExpert,
+    ModelReference,
     PerformanceProfile,
     QoS,
     QualityPriors,
@@ -64,6 +65,8 @@ class Snapshot(SnapshotModel):
     models: tuple[str, ...]
     qos: QoS
     algorithm: Algorithm
+    model: ModelReference | None = None
+    """Of HanDrl; None: the shipped one."""
     fallback: Algorithm
     admission: Admission
     domains: tuple[DomainRule, ...]
@@ -100,6 +103,7 @@ def compile_snapshot(
         models=tuple(spec.models),
         qos=spec.qos,
         algorithm=spec.algorithm,
+        model=spec.model,
         fallback=spec.fallback,
         admission=spec.admission,
         domains=tuple(spec.domains),

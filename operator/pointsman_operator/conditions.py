@@ -61,6 +61,8 @@ class Reason(StrEnum):
     NO_EXPERTS = "NoExperts"
     EXPERT_NOT_RESOLVED = "ExpertNotResolved"
     NO_MODEL_NEEDED = "NoModelNeeded"
+    LOADED = "Loaded"
+    LOAD_FAILED = "LoadFailed"
     ACKNOWLEDGED = "Acknowledged"
     PENDING = "Pending"
     REFUSED = "Refused"
@@ -135,7 +137,11 @@ MEANINGS: Final = (
         POLICY,
         Type.READY,
         (TRUE, Reason.SERVING, "requests are routed"),
-        (TRUE, Reason.DEGRADED, "requests are routed, but not all experts are ready"),
+        (
+            TRUE,
+            Reason.DEGRADED,
+            "requests are routed, but not all experts or the model could be had",
+        ),
         (
             TRUE,
             Reason.SNAPSHOT_TOO_LARGE,
@@ -172,6 +178,13 @@ MEANINGS: Final = (
         POLICY,
         Type.MODEL_LOADED,
         (TRUE, Reason.NO_MODEL_NEEDED, "the algorithm needs no learned model"),
+        (TRUE, Reason.LOADED, "every ready policy server decides by the model"),
+        (
+            FALSE,
+            Reason.LOAD_FAILED,
+            "a policy server refused it; the one before or fallback goes on",
+        ),
+        (UNKNOWN, Reason.PENDING, "policy servers have not said yet"),
         (UNKNOWN, Reason.NOT_ACCEPTED, "the spec was not accepted"),
     ),
     *_meanings(

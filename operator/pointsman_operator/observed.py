@@ -183,6 +183,8 @@ class ServerState:
     """Why the last exchange failed; empty when it did not."""
     refused: bool = False
     """The error is the server's verdict on the set."""
+    models: Mapping[Key, tuple[str, str]] = field(default_factory=dict)
+    """SHA-256 of the model a policy decides by, and why the one it names is not in force."""
 
 
 @dataclass(frozen=True, slots=True)

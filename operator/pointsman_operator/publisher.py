@@ -10,7 +10,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final, Protocol
 
@@ -43,6 +43,9 @@ log = structlog.get_logger(__name__)
 
 Applied = Mapping[Key, tuple[int, str]]
 """Generation and version in force, by policy."""
+
+Models = Mapping[Key, tuple[str, str]]
+"""SHA-256 of the model in force, and why the one wanted is not; of policies that need one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class ServerReport:
     applied: Applied
     counts: Mapping[Key, PolicyCounts] | None = None
     """``None`` when it was not asked for them."""
+    models: Models = field(default_factory=dict)
 
 
 class ServerClient(Protocol):
@@ -164,7 +168,7 @@ class Publisher:
     def states(self) -> dict[str, ServerState]:
         """All servers by address."""
         return {
-            address: ServerState(link.counted, link.applied, link.error, link.refused)
+            address: ServerState(link.counted, link.applied, link.error, link.refused, link.models)
             for address, link in sorted(self._links.items())
         }
 
@@ -201,6 +205,7 @@ class _Link:
         self.error = ""
         self.refused = False
         self.counts: Mapping[Key, PolicyCounts] | None = None
+        self.models: Models = {}
         self._owner = owner
         self._address = address
         self._instance = ""
@@ -296,7 +301,7 @@ class _Link:
         self._failures = 0
         if report.counts is not None:
             self.counts = report.counts
-        self._show(report.applied, "", refused=False)
+        self._show(report.applied, "", refused=False, models=report.models)
 
     def _failed(self, error: Exception, wanted: SnapshotSet | None) -> None:
         code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
@@ -310,12 +315,12 @@ class _Link:
         if text != self.error:
             log.warning("policy server not updated", server=self._address, error=text)
         refused = code is grpc.StatusCode.INVALID_ARGUMENT
-        self._show(self.applied, text, refused=refused)
+        self._show(self.applied, text, refused=refused, models=self.models)
 
-    def _show(self, applied: Applied, error: str, *, refused: bool) -> None:
-        before = (self.applied, self.error, self.refused)
-        self.applied, self.error, self.refused = applied, error, refused
-        if before != (applied, error, refused):
+    def _show(self, applied: Applied, error: str, *, refused: bool, models: Models) -> None:
+        before = (self.applied, self.error, self.refused, self.models)
+        self.applied, self.error, self.refused, self.models = applied, error, refused, models
+        if before != (applied, error, refused, models):
             self._owner.changed()
 
 
@@ -358,7 +363,8 @@ class GrpcServerClient:
             ),
             timeout=RPC_TIMEOUT_S,
         )
-        return ServerReport(answer.instance_id, _applied(answer.applied))
+        applied = answer.applied
+        return ServerReport(answer.instance_id, _applied(applied), models=_models(applied))
 
     async def status(self) -> ServerReport:
         """Ask what is in force."""
@@ -370,7 +376,8 @@ class GrpcServerClient:
             )
             for one in answer.policies
         }
-        return ServerReport(answer.instance_id, _applied(answer.applied), counts)
+        applied = answer.applied
+        return ServerReport(answer.instance_id, _applied(applied), counts, _models(applied))
 
     async def close(self) -> None:
         """Let the connection go."""
@@ -399,3 +406,11 @@ class GrpcServerClient:
 
 def _applied(items: Iterable[pb.AppliedSnapshot]) -> Applied:
     return {Key(i.namespace, i.policy): (i.generation, i.version) for i in items}
+
+
+def _models(items: Iterable[pb.AppliedSnapshot]) -> Models:
+    return {
+        Key(i.namespace, i.policy): (i.model_sha256, i.model_error)
+        for i in items
+        if i.model_sha256 or i.model_error
+    }

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 
 from pointsman_core.resources import (
+    Algorithm,
     ConditionStatus,
     LLMExpert,
     LLMExpertStatus,
@@ -531,9 +532,9 @@ def _with_candidates(snapshot: Snapshot, candidates: Iterable[Candidate]) -> Sna
 def _policy_status(
     policy: _Policy, observed: Observed, previous: Previous, now: datetime
 ) -> StatusWrite | None:
-    refs, model = _resolved_refs(policy), _model_loaded(policy)
+    refs, model = _resolved_refs(policy), _model_loaded(policy, observed.servers)
     programmed = _programmed(policy, observed.servers)
-    ready = _policy_ready(policy, refs, programmed)
+    ready = _policy_ready(policy, refs, programmed, model)
     performance = observed.performance.get(policy.meta.key, Performance())
     fields: dict[str, Any] = {
         "experts": _selected_experts(policy, previous),
@@ -581,12 +582,28 @@ def _resolved_refs(policy: _Policy) -> Finding:
     return Finding(Type.RESOLVED_REFS, TRUE, Reason.ALL_RESOLVED, text)
 
 
-def _model_loaded(policy: _Policy) -> Finding:
+def _model_loaded(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
     if (refusal := _not_accepted(Type.MODEL_LOADED, policy)) is not None:
         return refusal
     algorithm = "" if policy.accepted is None else policy.accepted.resource.spec.algorithm
-    text = f"{algorithm} needs no model"
-    return Finding(Type.MODEL_LOADED, TRUE, Reason.NO_MODEL_NEEDED, text)
+    if algorithm != Algorithm.HAN_DRL:
+        text = f"{algorithm} needs no model"
+        return Finding(Type.MODEL_LOADED, TRUE, Reason.NO_MODEL_NEEDED, text)
+    counted = {address: server for address, server in sorted(servers.items()) if server.counted}
+    said = {
+        address: server.models[policy.meta.key]
+        for address, server in counted.items()
+        if policy.meta.key in server.models
+        and server.applied.get(policy.meta.key, (-1, ""))[0] == policy.meta.generation
+    }
+    for address, (_, error) in said.items():
+        if error:
+            return Finding(Type.MODEL_LOADED, FALSE, Reason.LOAD_FAILED, f"{address}: {error}")
+    count = f"{len(said)}/{len(counted)} policy servers have loaded it"
+    if not counted or len(said) < len(counted):
+        return Finding(Type.MODEL_LOADED, UNKNOWN, Reason.PENDING, count)
+    found = ", ".join(sorted({sha256[:12] for sha256, _ in said.values()}))
+    return Finding(Type.MODEL_LOADED, TRUE, Reason.LOADED, f"{count}: {found}")
 
 
 def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
@@ -615,14 +632,9 @@ def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
     return Finding(Type.PROGRAMMED, UNKNOWN, Reason.PENDING, count)
 
 
-def _policy_ready(policy: _Policy, refs: Finding, programmed: Finding) -> Finding:
+def _policy_ready(policy: _Policy, refs: Finding, programmed: Finding, model: Finding) -> Finding:
     if policy.verdict.status != TRUE:
-        text = policy.verdict.message
-        if policy.snapshot is None:
-            text += "; nothing of it is in force"
-        else:
-            models = listed(policy.snapshot.models)
-            text += f"; generation {policy.snapshot.generation} stays in force, for {models}"
+        text = f"{policy.verdict.message}; {_what_stays(policy)}"
         return Finding(Type.READY, FALSE, policy.verdict.reason, text)
     if refs.reason is Reason.NO_EXPERTS:
         return Finding(Type.READY, FALSE, refs.reason, refs.message)
@@ -638,16 +650,24 @@ def _policy_ready(policy: _Policy, refs: Finding, programmed: Finding) -> Findin
         return Finding(Type.READY, FALSE, Reason.NONE_ANSWERS, not_ready)
     if programmed.status != TRUE:
         return Finding(Type.READY, programmed.status, programmed.reason, programmed.message)
+    shortcomings = [not_ready] if obstacles else []
+    if model.status == FALSE:
+        shortcomings.append(model.message)
     text = f"{counted(len(routed), 'expert')}, {counted(len(candidates), 'endpoint')}"
-    if obstacles:
-        text += f"; {not_ready}"
+    text = "; ".join([text, *shortcomings])
     if not policy.storable:
         text += f"; the snapshot, over {MAX_STORED_BYTES} bytes, is too large for its ConfigMap: "
         text += "a policy server that starts while the operator is away lacks it"
         return Finding(Type.READY, TRUE, Reason.SNAPSHOT_TOO_LARGE, text)
-    if obstacles:
-        return Finding(Type.READY, TRUE, Reason.DEGRADED, text)
-    return Finding(Type.READY, TRUE, Reason.SERVING, text)
+    reason = Reason.DEGRADED if shortcomings else Reason.SERVING
+    return Finding(Type.READY, TRUE, reason, text)
+
+
+def _what_stays(policy: _Policy) -> str:
+    if policy.snapshot is None:
+        return "nothing of it is in force"
+    models = listed(policy.snapshot.models)
+    return f"generation {policy.snapshot.generation} stays in force, for {models}"
 
 
 # --- statuses --------------------------------------------------------------------------

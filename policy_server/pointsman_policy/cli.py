@@ -60,6 +60,12 @@ def policy_server(
             envvar="POINTSMAN_PREDICTOR",
         ),
     ] = BUILTIN_PREDICTOR,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the HanDrl models that policies name.", envvar="POINTSMAN_MODELS"
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of random choices.")] = None,
 ) -> None:
     """Serve routing decisions to Envoy."""
@@ -86,6 +92,7 @@ def policy_server(
                 drain_timeout_s=drain_timeout,
                 body_limit_bytes=body_limit,
                 predictor=predictor,
+                models=models,
                 seed=seed,
             )
         )

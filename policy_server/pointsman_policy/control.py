@@ -7,7 +7,7 @@ publish nor read what the policies do.
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -55,8 +55,16 @@ log = structlog.get_logger(__name__)
 class SnapshotIntake:
     """Feeds the board from requests and from files, one after the other."""
 
-    def __init__(self, board: SnapshotBoard, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        board: SnapshotBoard,
+        metrics: Metrics,
+        *,
+        prepare: Callable[[Sequence[Snapshot]], None] = lambda _: None,
+    ) -> None:
+        """``prepare`` is called beside the event loop before snapshots are put in force."""
         self.board = board
+        self._prepare = prepare
         self._metrics = metrics
         self._lock = asyncio.Lock()
 
@@ -72,12 +80,15 @@ class SnapshotIntake:
             self.board.check_sequence(request.publisher, request.sequence)
             # In a thread: a large set takes long enough to be felt by requests.
             snapshots = await asyncio.to_thread(read_published, request)
+            await asyncio.to_thread(self._prepare, snapshots)
             self.board.publish(request.publisher, request.sequence, snapshots)
 
     async def reload(self, paths: Sequence[Path]) -> None:
         """Take in what has changed in the files; what is wrong with them is logged."""
         async with self._lock:
             contents = await asyncio.to_thread(read_snapshot_files, paths)
+            found = [one for one in contents.values() if isinstance(one, Snapshot)]
+            await asyncio.to_thread(self._prepare, found)
             try:
                 problems = self.board.take_files(contents)
             except SnapshotSetError as error:
@@ -159,15 +170,18 @@ class SnapshotServicer(SnapshotServiceServicer):
         )
 
     def _applied(self) -> list[pb.AppliedSnapshot]:
-        return [
-            pb.AppliedSnapshot(
-                namespace=snapshot.namespace,
-                policy=snapshot.policy,
-                generation=snapshot.generation,
-                version=snapshot.version,
-            )
-            for snapshot in self._intake.board.in_force
-        ]
+        return [self._applied_one(snapshot) for snapshot in self._intake.board.in_force]
+
+    def _applied_one(self, snapshot: Snapshot) -> pb.AppliedSnapshot:
+        model = self._service.model(snapshot.full_name)
+        return pb.AppliedSnapshot(
+            namespace=snapshot.namespace,
+            policy=snapshot.policy,
+            generation=snapshot.generation,
+            version=snapshot.version,
+            model_sha256=model.model.sha256 if model and model.model else "",
+            model_error=model.error if model else "",
+        )
 
     def _policy_stats(self, snapshot: Snapshot) -> pb.PolicyStats:
         statistics = self._service.statistics

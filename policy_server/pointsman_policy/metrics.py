@@ -32,6 +32,14 @@ class Metrics:
             "pointsman_fallbacks", "Decisions made by the fallback algorithm.",
             ["policy", "algorithm"], registry=r,
         )  # fmt: skip
+        self.model_info = Gauge(
+            "pointsman_model_info", "HanDrl's model that each policy decides by.",
+            ["policy", "sha256"], registry=r,
+        )  # fmt: skip
+        self.model_failures = Counter(
+            "pointsman_model_failures", "Models that a policy named and that were refused.",
+            ["policy"], registry=r,
+        )  # fmt: skip
         self.refusals = Counter(
             "pointsman_refusals", "Requests that the server answered by an error of its own.",
             ["code"], registry=r,

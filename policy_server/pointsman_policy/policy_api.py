@@ -119,18 +119,32 @@ def _decision(decision: Decision) -> pb.Decision:
     )
 
 
+_PARTS = {
+    "policy_probability": "policy probability",
+    "chance_in_time": "chance in time",
+    "impact_on_others": "impact on others",
+}
+"""Fields of a candidate's explanation, and the names of the deciders' parts that fill them."""
+
+
 def _candidates(decision: Decision) -> list[pb.CandidateExplanation]:
-    return [
-        pb.CandidateExplanation(
-            expert=candidate.expert,
-            endpoint=candidate.address,
-            eligible=bool(decision.eligible[i]),
-            score=float(decision.scores[i]),
-            expected_quality=float(decision.quality[i]),
-            in_time=None if decision.in_time is None else bool(decision.in_time[i]),
-        )
-        for i, candidate in enumerate(decision.snapshot.candidates)
-    ]
+    return [_candidate(decision, i) for i in range(len(decision.snapshot.candidates))]
+
+
+def _candidate(decision: Decision, i: int) -> pb.CandidateExplanation:
+    candidate = decision.snapshot.candidates[i]
+    explained = pb.CandidateExplanation(
+        expert=candidate.expert,
+        endpoint=candidate.address,
+        eligible=bool(decision.eligible[i]),
+        score=float(decision.scores[i]),
+        expected_quality=float(decision.quality[i]),
+        in_time=None if decision.in_time is None else bool(decision.in_time[i]),
+    )
+    for field, name in _PARTS.items():
+        if name in decision.parts:
+            setattr(explained, field, float(decision.parts[name][i]))
+    return explained
 
 
 async def _abort(context: _DecideContext | _ExplainContext, error: ApiError) -> NoReturn:

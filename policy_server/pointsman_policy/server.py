@@ -29,6 +29,7 @@ from pointsman_policy.ext_proc import ExtProcServicer
 from pointsman_policy.http_api import Health, build_app
 from pointsman_policy.manifest_files import read_manifest_files
 from pointsman_policy.metrics import Metrics
+from pointsman_policy.models import ModelStore
 from pointsman_policy.policy_api import PolicyServicer
 from pointsman_policy.predictor_file import load_predictor
 from pointsman_policy.scrape import Scraper, Target
@@ -88,9 +89,12 @@ class PolicyServer:
             seed=settings.seed,
             stats_window_s=settings.stats_window_s,
             artefact=load_predictor(settings.predictor),
+            models=ModelStore(settings.models),
         )
         self._installed = asyncio.Event()
-        self._intake = SnapshotIntake(SnapshotBoard(self._install), self._metrics)
+        self._intake = SnapshotIntake(
+            SnapshotBoard(self._install), self._metrics, prepare=self.service.model_store.prepare
+        )
         self._health = Health()
         self._grpc_health = health.aio.HealthServicer()
         self._eds = EdsServer(on_nack=lambda _version, _message: self._metrics.eds_nacks.inc())
@@ -145,6 +149,7 @@ class PolicyServer:
     async def _load_manifests(self) -> None:
         # In a thread: a large site takes long enough to be felt by requests.
         compiled = await asyncio.to_thread(_compile, self._settings.manifests)
+        await asyncio.to_thread(self.service.model_store.prepare, compiled.snapshots)
         self._install(compiled.snapshots)
         self._metrics.reloads.labels("ok").inc()
         for warning in compiled.warnings:
@@ -177,6 +182,9 @@ class PolicyServer:
                     generation=snapshot.generation,
                     candidates=len(snapshot.candidates),
                 )
+            model = self.service.model(name)
+            if model is not None and model.error:
+                log.warning("model not in force", policy=name, problem=model.error)
         for name in before:
             log.info("policy dropped", policy=name)
 

@@ -16,6 +16,7 @@ from pointsman_core.router import Decision, Rejection, Router
 from pointsman_core.snapshot import Candidate, Snapshot
 from pointsman_core.state import LiveState
 from pointsman_policy.metrics import Metrics
+from pointsman_policy.models import ModelStore, PolicyModel
 from pointsman_policy.openai_api import ApiError, CompletionRequest, unknown_model
 from pointsman_policy.stats import WINDOW_S, PolicyStatistics
 from pointsman_policy.tracker import RequestTracker
@@ -46,6 +47,7 @@ class RoutingService:
         seed: int | None = None,
         stats_window_s: float = WINDOW_S,
         artefact: Artefact | None = None,
+        models: ModelStore | None = None,
     ) -> None:
         """``artefact`` predicts quality where it knows the expert; None: nothing is learned."""
         self.state = LiveState()
@@ -55,6 +57,8 @@ class RoutingService:
         self.clock = clock
         self._seed = seed
         self._artefact = artefact
+        self.model_store = models or ModelStore()
+        self._policy_models: dict[str, PolicyModel] = {}
         self._routers: dict[str, Router] = {}
         self._by_model: dict[str, Router] = {}
         self._installed = False
@@ -89,6 +93,7 @@ class RoutingService:
             old = self._routers.get(key)
             unchanged = old is not None and old.snapshot.version == snapshot.version
             routers[key] = old if old and unchanged else self._make_router(snapshot)
+        self._put_in_models(routers)
         self._routers = routers
         self._by_model = {m: r for r in routers.values() for m in r.snapshot.models}
         self._installed = True
@@ -101,6 +106,27 @@ class RoutingService:
         seed = None if self._seed is None else self._seed ^ name
         predictor = make_predictor(self._artefact, snapshot)
         return Router(snapshot, self.state, predictor=predictor, seed=seed)
+
+    def _put_in_models(self, routers: Mapping[str, Router]) -> None:
+        """Give policies their models; one that could not be loaded before is tried again."""
+        found = {}
+        self.metrics.model_info.clear()
+        for name, router in routers.items():
+            before = self._policy_models.get(name)
+            one = self.model_store.of(router.snapshot, before)
+            if one is None:
+                continue
+            router.replace_decider(one.decider())
+            found[name] = one
+            if one.model is not None:
+                self.metrics.model_info.labels(name, one.model.sha256).set(1)
+            if one.error:
+                self.metrics.model_failures.labels(name).inc()
+        self._policy_models = found
+
+    def model(self, policy: str) -> PolicyModel | None:
+        """What a policy, by its full name, decides by; None where it needs no model."""
+        return self._policy_models.get(policy)
 
     def _show_snapshots(self) -> None:
         self.metrics.snapshot_info.clear()

@@ -75,6 +75,8 @@ class ServerSettings:
     """Over which time the operator is told how the policies did."""
     predictor: str = BUILTIN_PREDICTOR
     """``builtin``, ``none``, or the file of a predictor of quality."""
+    models: Path | None = None
+    """Folder of the models that policies name."""
     seed: int | None = None
     """Seed of random choices; None draws one."""
 

@@ -42,6 +42,14 @@ __all__ = [
     "make_decider",
 ]
 
+
+def _han_drl() -> Decider:
+    # Imported late: the graph that it decides by is made of other deciders' terms.
+    from pointsman_core.deciders.han_drl import shipped_decider
+
+    return shipped_decider()
+
+
 _FACTORIES: Mapping[Algorithm, Callable[[np.random.Generator], Decider]] = {
     Algorithm.RANDOM: RandomChoice,
     Algorithm.ROUND_ROBIN: lambda _: RoundRobin(),
@@ -52,6 +60,7 @@ _FACTORIES: Mapping[Algorithm, Callable[[np.random.Generator], Decider]] = {
     Algorithm.WEIGHTED_SCORE: lambda _: WeightedScore(),
     Algorithm.LATENCY_QUALITY_GREEDY: lambda _: LatencyQualityGreedy(),
     Algorithm.IMPACT_GREEDY: lambda _: ImpactGreedy(),
+    Algorithm.HAN_DRL: lambda _: _han_drl(),
 }
 
 
@@ -72,5 +81,8 @@ each, see docs/deciders.md.
 
 
 def make_decider(algorithm: Algorithm, rng: np.random.Generator) -> Decider:
-    """A fresh decider; ``rng`` is the only source of chance."""
+    """A fresh decider; ``rng`` is the only source of chance.
+
+    HanDrl has the shipped model; another one is put in by `Router.replace_decider`.
+    """
     return _FACTORIES[algorithm](rng)

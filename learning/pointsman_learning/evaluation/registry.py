@@ -78,7 +78,7 @@ def _of_algorithm(algorithm: Algorithm) -> Contender:
         snapshot = scenario.snapshot.model_copy(update={"algorithm": algorithm})
         return simulate(replace(scenario, snapshot=snapshot), seed=seed)
 
-    return Contender(algorithm.value, play)
+    return Contender(algorithm.value, play, baseline=algorithm is not Algorithm.HAN_DRL)
 
 
 def _is_made_without_a_model(algorithm: Algorithm) -> bool:

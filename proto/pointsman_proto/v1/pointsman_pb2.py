@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"pointsman_proto/v1/pointsman.proto\x12\x0cpointsman.v1\"\x8e\x02\n\rDecideRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x1a\n\rprompt_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x1e\n\x11max_output_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12!\n\x14latency_per_token_ms\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12#\n\x16time_to_first_token_ms\x18\x06 \x01(\x01H\x03\x88\x01\x01\x42\x10\n\x0e_prompt_tokensB\x14\n\x12_max_output_tokensB\x17\n\x15_latency_per_token_msB\x19\n\x17_time_to_first_token_ms\"\xc9\x01\n\x08\x44\x65\x63ision\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x18\n\x10snapshot_version\x18\x02 \x01(\t\x12\x11\n\talgorithm\x18\x03 \x01(\t\x12\x10\n\x08rejected\x18\x04 \x01(\x08\x12\x0e\n\x06\x65xpert\x18\x05 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x06 \x01(\t\x12\x14\n\x0cserved_model\x18\x07 \x01(\t\x12\x10\n\x08retry_on\x18\x08 \x03(\t\x12\x0b\n\x03why\x18\t \x01(\t\x12\x17\n\x0f\x66\x61llback_reason\x18\n \x01(\t\"a\n\x0e\x45xplainRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1b.pointsman.v1.DecideRequestH\x00\x12\x14\n\nrequest_id\x18\x02 \x01(\tH\x00\x42\t\n\x07subject\"o\n\x0b\x45xplanation\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.pointsman.v1.Decision\x12\x36\n\ncandidates\x18\x02 \x03(\x0b\x32\".pointsman.v1.CandidateExplanation\"\xdf\x02\n\x14\x43\x61ndidateExplanation\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x10\n\x08\x65ligible\x18\x03 \x01(\x08\x12\r\n\x05score\x18\x04 \x01(\x01\x12\x18\n\x10\x65xpected_quality\x18\x05 \x01(\x01\x12\x14\n\x07in_time\x18\x06 \x01(\x08H\x00\x88\x01\x01\x12+\n\x1epredicted_latency_per_token_ms\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12-\n predicted_time_to_first_token_ms\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x16\n\tin_flight\x18\t \x01(\rH\x03\x88\x01\x01\x42\n\n\x08_in_timeB!\n\x1f_predicted_latency_per_token_msB#\n!_predicted_time_to_first_token_msB\x0c\n\n_in_flight\"~\n\x0ePublishRequest\x12\x11\n\tpublisher\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x32\n\tsnapshots\x18\x03 \x03(\x0b\x32\x1f.pointsman.v1.PublishedSnapshot\x12\x13\n\x0b\x61llow_empty\x18\x04 \x01(\x08\"r\n\x11PublishedSnapshot\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x15\n\rsnapshot_json\x18\x05 \x01(\x0c\"Y\n\x0f\x41ppliedSnapshot\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\t\"V\n\x0fPublishResponse\x12.\n\x07\x61pplied\x18\x01 \x03(\x0b\x32\x1d.pointsman.v1.AppliedSnapshot\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\"\x0f\n\rStatusRequest\"\xb2\x01\n\x0eStatusResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12.\n\x07\x61pplied\x18\x02 \x03(\x0b\x32\x1d.pointsman.v1.AppliedSnapshot\x12+\n\x08policies\x18\x03 \x03(\x0b\x32\x19.pointsman.v1.PolicyStats\x12.\n\tendpoints\x18\x04 \x03(\x0b\x32\x1b.pointsman.v1.EndpointStats\"\xab\x01\n\x0bPolicyStats\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x10\n\x08requests\x18\x03 \x01(\x04\x12\x12\n\nviolations\x18\x04 \x01(\x04\x12\x10\n\x08rejected\x18\x05 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x04\x12\x19\n\x11predicted_qos_sum\x18\x07 \x01(\x01\x12\x16\n\x0ewindow_seconds\x18\x08 \x01(\x01\"B\n\rEndpointStats\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x11\n\tin_flight\x18\x03 \x01(\r2\x92\x01\n\rPolicyService\x12=\n\x06\x44\x65\x63ide\x12\x1b.pointsman.v1.DecideRequest\x1a\x16.pointsman.v1.Decision\x12\x42\n\x07\x45xplain\x12\x1c.pointsman.v1.ExplainRequest\x1a\x19.pointsman.v1.Explanation2\x9e\x01\n\x0fSnapshotService\x12\x46\n\x07Publish\x12\x1c.pointsman.v1.PublishRequest\x1a\x1d.pointsman.v1.PublishResponse\x12\x43\n\x06Status\x12\x1b.pointsman.v1.StatusRequest\x1a\x1c.pointsman.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"pointsman_proto/v1/pointsman.proto\x12\x0cpointsman.v1\"\x8e\x02\n\rDecideRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x1a\n\rprompt_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x1e\n\x11max_output_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12!\n\x14latency_per_token_ms\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12#\n\x16time_to_first_token_ms\x18\x06 \x01(\x01H\x03\x88\x01\x01\x42\x10\n\x0e_prompt_tokensB\x14\n\x12_max_output_tokensB\x17\n\x15_latency_per_token_msB\x19\n\x17_time_to_first_token_ms\"\xc9\x01\n\x08\x44\x65\x63ision\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x18\n\x10snapshot_version\x18\x02 \x01(\t\x12\x11\n\talgorithm\x18\x03 \x01(\t\x12\x10\n\x08rejected\x18\x04 \x01(\x08\x12\x0e\n\x06\x65xpert\x18\x05 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x06 \x01(\t\x12\x14\n\x0cserved_model\x18\x07 \x01(\t\x12\x10\n\x08retry_on\x18\x08 \x03(\t\x12\x0b\n\x03why\x18\t \x01(\t\x12\x17\n\x0f\x66\x61llback_reason\x18\n \x01(\t\"a\n\x0e\x45xplainRequest\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1b.pointsman.v1.DecideRequestH\x00\x12\x14\n\nrequest_id\x18\x02 \x01(\tH\x00\x42\t\n\x07subject\"o\n\x0b\x45xplanation\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.pointsman.v1.Decision\x12\x36\n\ncandidates\x18\x02 \x03(\x0b\x32\".pointsman.v1.CandidateExplanation\"\xfb\x03\n\x14\x43\x61ndidateExplanation\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x10\n\x08\x65ligible\x18\x03 \x01(\x08\x12\r\n\x05score\x18\x04 \x01(\x01\x12\x18\n\x10\x65xpected_quality\x18\x05 \x01(\x01\x12\x14\n\x07in_time\x18\x06 \x01(\x08H\x00\x88\x01\x01\x12+\n\x1epredicted_latency_per_token_ms\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12-\n predicted_time_to_first_token_ms\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x16\n\tin_flight\x18\t \x01(\rH\x03\x88\x01\x01\x12\x1f\n\x12policy_probability\x18\n \x01(\x01H\x04\x88\x01\x01\x12\x1b\n\x0e\x63hance_in_time\x18\x0b \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10impact_on_others\x18\x0c \x01(\x01H\x06\x88\x01\x01\x42\n\n\x08_in_timeB!\n\x1f_predicted_latency_per_token_msB#\n!_predicted_time_to_first_token_msB\x0c\n\n_in_flightB\x15\n\x13_policy_probabilityB\x11\n\x0f_chance_in_timeB\x13\n\x11_impact_on_others\"~\n\x0ePublishRequest\x12\x11\n\tpublisher\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x32\n\tsnapshots\x18\x03 \x03(\x0b\x32\x1f.pointsman.v1.PublishedSnapshot\x12\x13\n\x0b\x61llow_empty\x18\x04 \x01(\x08\"r\n\x11PublishedSnapshot\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x15\n\rsnapshot_json\x18\x05 \x01(\x0c\"\x84\x01\n\x0f\x41ppliedSnapshot\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x14\n\x0cmodel_sha256\x18\x05 \x01(\t\x12\x13\n\x0bmodel_error\x18\x06 \x01(\t\"V\n\x0fPublishResponse\x12.\n\x07\x61pplied\x18\x01 \x03(\x0b\x32\x1d.pointsman.v1.AppliedSnapshot\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\"\x0f\n\rStatusRequest\"\xb2\x01\n\x0eStatusResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12.\n\x07\x61pplied\x18\x02 \x03(\x0b\x32\x1d.pointsman.v1.AppliedSnapshot\x12+\n\x08policies\x18\x03 \x03(\x0b\x32\x19.pointsman.v1.PolicyStats\x12.\n\tendpoints\x18\x04 \x03(\x0b\x32\x1b.pointsman.v1.EndpointStats\"\xab\x01\n\x0bPolicyStats\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x10\n\x08requests\x18\x03 \x01(\x04\x12\x12\n\nviolations\x18\x04 \x01(\x04\x12\x10\n\x08rejected\x18\x05 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x04\x12\x19\n\x11predicted_qos_sum\x18\x07 \x01(\x01\x12\x16\n\x0ewindow_seconds\x18\x08 \x01(\x01\"B\n\rEndpointStats\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x11\n\tin_flight\x18\x03 \x01(\r2\x92\x01\n\rPolicyService\x12=\n\x06\x44\x65\x63ide\x12\x1b.pointsman.v1.DecideRequest\x1a\x16.pointsman.v1.Decision\x12\x42\n\x07\x45xplain\x12\x1c.pointsman.v1.ExplainRequest\x1a\x19.pointsman.v1.Explanation2\x9e\x01\n\x0fSnapshotService\x12\x46\n\x07Publish\x12\x1c.pointsman.v1.PublishRequest\x1a\x1d.pointsman.v1.PublishResponse\x12\x43\n\x06Status\x12\x1b.pointsman.v1.StatusRequest\x1a\x1c.pointsman.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,25 +40,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPLANATION']._serialized_start=628
   _globals['_EXPLANATION']._serialized_end=739
   _globals['_CANDIDATEEXPLANATION']._serialized_start=742
-  _globals['_CANDIDATEEXPLANATION']._serialized_end=1093
-  _globals['_PUBLISHREQUEST']._serialized_start=1095
-  _globals['_PUBLISHREQUEST']._serialized_end=1221
-  _globals['_PUBLISHEDSNAPSHOT']._serialized_start=1223
-  _globals['_PUBLISHEDSNAPSHOT']._serialized_end=1337
-  _globals['_APPLIEDSNAPSHOT']._serialized_start=1339
-  _globals['_APPLIEDSNAPSHOT']._serialized_end=1428
-  _globals['_PUBLISHRESPONSE']._serialized_start=1430
-  _globals['_PUBLISHRESPONSE']._serialized_end=1516
-  _globals['_STATUSREQUEST']._serialized_start=1518
-  _globals['_STATUSREQUEST']._serialized_end=1533
-  _globals['_STATUSRESPONSE']._serialized_start=1536
-  _globals['_STATUSRESPONSE']._serialized_end=1714
-  _globals['_POLICYSTATS']._serialized_start=1717
-  _globals['_POLICYSTATS']._serialized_end=1888
-  _globals['_ENDPOINTSTATS']._serialized_start=1890
-  _globals['_ENDPOINTSTATS']._serialized_end=1956
-  _globals['_POLICYSERVICE']._serialized_start=1959
-  _globals['_POLICYSERVICE']._serialized_end=2105
-  _globals['_SNAPSHOTSERVICE']._serialized_start=2108
-  _globals['_SNAPSHOTSERVICE']._serialized_end=2266
+  _globals['_CANDIDATEEXPLANATION']._serialized_end=1249
+  _globals['_PUBLISHREQUEST']._serialized_start=1251
+  _globals['_PUBLISHREQUEST']._serialized_end=1377
+  _globals['_PUBLISHEDSNAPSHOT']._serialized_start=1379
+  _globals['_PUBLISHEDSNAPSHOT']._serialized_end=1493
+  _globals['_APPLIEDSNAPSHOT']._serialized_start=1496
+  _globals['_APPLIEDSNAPSHOT']._serialized_end=1628
+  _globals['_PUBLISHRESPONSE']._serialized_start=1630
+  _globals['_PUBLISHRESPONSE']._serialized_end=1716
+  _globals['_STATUSREQUEST']._serialized_start=1718
+  _globals['_STATUSREQUEST']._serialized_end=1733
+  _globals['_STATUSRESPONSE']._serialized_start=1736
+  _globals['_STATUSRESPONSE']._serialized_end=1914
+  _globals['_POLICYSTATS']._serialized_start=1917
+  _globals['_POLICYSTATS']._serialized_end=2088
+  _globals['_ENDPOINTSTATS']._serialized_start=2090
+  _globals['_ENDPOINTSTATS']._serialized_end=2156
+  _globals['_POLICYSERVICE']._serialized_start=2159
+  _globals['_POLICYSERVICE']._serialized_end=2305
+  _globals['_SNAPSHOTSERVICE']._serialized_start=2308
+  _globals['_SNAPSHOTSERVICE']._serialized_end=2466
 # @@protoc_insertion_point(module_scope)

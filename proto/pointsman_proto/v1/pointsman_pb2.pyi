@@ -63,7 +63,7 @@ class Explanation(_message.Message):
     def __init__(self, decision: _Optional[_Union[Decision, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[CandidateExplanation, _Mapping]]] = ...) -> None: ...
 
 class CandidateExplanation(_message.Message):
-    __slots__ = ("expert", "endpoint", "eligible", "score", "expected_quality", "in_time", "predicted_latency_per_token_ms", "predicted_time_to_first_token_ms", "in_flight")
+    __slots__ = ("expert", "endpoint", "eligible", "score", "expected_quality", "in_time", "predicted_latency_per_token_ms", "predicted_time_to_first_token_ms", "in_flight", "policy_probability", "chance_in_time", "impact_on_others")
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     ELIGIBLE_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,9 @@ class CandidateExplanation(_message.Message):
     PREDICTED_LATENCY_PER_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_TIME_TO_FIRST_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    POLICY_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    CHANCE_IN_TIME_FIELD_NUMBER: _ClassVar[int]
+    IMPACT_ON_OTHERS_FIELD_NUMBER: _ClassVar[int]
     expert: str
     endpoint: str
     eligible: bool
@@ -82,7 +85,10 @@ class CandidateExplanation(_message.Message):
     predicted_latency_per_token_ms: float
     predicted_time_to_first_token_ms: float
     in_flight: int
-    def __init__(self, expert: _Optional[str] = ..., endpoint: _Optional[str] = ..., eligible: _Optional[bool] = ..., score: _Optional[float] = ..., expected_quality: _Optional[float] = ..., in_time: _Optional[bool] = ..., predicted_latency_per_token_ms: _Optional[float] = ..., predicted_time_to_first_token_ms: _Optional[float] = ..., in_flight: _Optional[int] = ...) -> None: ...
+    policy_probability: float
+    chance_in_time: float
+    impact_on_others: float
+    def __init__(self, expert: _Optional[str] = ..., endpoint: _Optional[str] = ..., eligible: _Optional[bool] = ..., score: _Optional[float] = ..., expected_quality: _Optional[float] = ..., in_time: _Optional[bool] = ..., predicted_latency_per_token_ms: _Optional[float] = ..., predicted_time_to_first_token_ms: _Optional[float] = ..., in_flight: _Optional[int] = ..., policy_probability: _Optional[float] = ..., chance_in_time: _Optional[float] = ..., impact_on_others: _Optional[float] = ...) -> None: ...
 
 class PublishRequest(_message.Message):
     __slots__ = ("publisher", "sequence", "snapshots", "allow_empty")
@@ -111,16 +117,20 @@ class PublishedSnapshot(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., policy: _Optional[str] = ..., generation: _Optional[int] = ..., version: _Optional[str] = ..., snapshot_json: _Optional[bytes] = ...) -> None: ...
 
 class AppliedSnapshot(_message.Message):
-    __slots__ = ("namespace", "policy", "generation", "version")
+    __slots__ = ("namespace", "policy", "generation", "version", "model_sha256", "model_error")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ERROR_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     policy: str
     generation: int
     version: str
-    def __init__(self, namespace: _Optional[str] = ..., policy: _Optional[str] = ..., generation: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    model_sha256: str
+    model_error: str
+    def __init__(self, namespace: _Optional[str] = ..., policy: _Optional[str] = ..., generation: _Optional[int] = ..., version: _Optional[str] = ..., model_sha256: _Optional[str] = ..., model_error: _Optional[str] = ...) -> None: ...
 
 class PublishResponse(_message.Message):
     __slots__ = ("applied", "instance_id")

@@ -45,7 +45,7 @@ def test_every_algorithm_scores_every_candidate(algorithm, busy, site, build):
     scores = score(algorithm, router.observe(build.request(), now_s=0.0))
     assert scores.values.shape == (3,)
     assert np.isfinite(scores.values).all()
-    looks = (Algorithm.LATENCY_QUALITY_GREEDY, Algorithm.IMPACT_GREEDY)
+    looks = (Algorithm.LATENCY_QUALITY_GREEDY, Algorithm.IMPACT_GREEDY, Algorithm.HAN_DRL)
     assert (scores.in_time is not None) == (algorithm in looks)
     assert all(part.shape == (3,) for part in scores.parts.values())
 

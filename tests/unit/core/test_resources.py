@@ -44,6 +44,38 @@ def test_algorithm_and_fallback_may_be_equal():
     assert spec.algorithm == spec.fallback
 
 
+MODEL = {"file": "han.onnx", "sha256": "a" * 64}
+
+
+def test_a_model_is_for_han_drl_only():
+    spec = RoutingPolicySpec(models=["auto"], algorithm="HanDrl", model=MODEL)
+    assert spec.model.file == "han.onnx"
+    wrong = {"models": ["auto"], "algorithm": "LeastLoad", "model": MODEL}
+    assert messages(RoutingPolicySpec, wrong) == ["model is for algorithm: HanDrl only"]
+
+
+def test_the_fallback_needs_no_model():
+    assert messages(RoutingPolicySpec, {"models": ["auto"], "fallback": "HanDrl"}) == [
+        "fallback must not be HanDrl: it has to work when no model does"
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"file": "../han.onnx"},
+        {"file": "models/han.onnx"},
+        {"file": ""},
+        {"file": ".hidden"},
+        {"sha256": "a" * 63},
+        {"sha256": "A" * 64},
+    ],
+)
+def test_a_model_is_a_file_name_and_a_checksum(wrong):
+    value = {"models": ["auto"], "algorithm": "HanDrl", "model": MODEL | wrong}
+    assert len(messages(RoutingPolicySpec, value)) == 1
+
+
 @pytest.mark.parametrize(
     "backend",
     [{}, {"addresses": ["127.0.0.1:1"], "service": {"name": "a", "port": 1}}],

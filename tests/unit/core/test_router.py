@@ -128,7 +128,7 @@ class TestTies:
 class TestNoEndpoint:
     @pytest.mark.parametrize("algorithm", list(Algorithm))
     def test_none_is_ready(self, algorithm, site, build):
-        router, state = site(algorithm=algorithm, fallback=algorithm)
+        router, state = site(algorithm=algorithm)
         for address in (A, B, C):
             state.set_ready(address, ready=False)
         decision = router.decide(build.request(), now_s=0.0)
@@ -139,7 +139,7 @@ class TestNoEndpoint:
 
     @pytest.mark.parametrize("algorithm", list(Algorithm))
     def test_the_policy_has_none(self, algorithm, build):
-        router, _ = build.router(algorithm=algorithm, fallback=algorithm)
+        router, _ = build.router(algorithm=algorithm)
         decision = router.decide(build.request(), now_s=0.0)
         assert (decision.chosen, decision.why) == (None, Rejection.NO_READY_ENDPOINT)
         assert decision.fallback_reason is None

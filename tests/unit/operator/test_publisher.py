@@ -151,6 +151,20 @@ async def test_nothing_is_sent_before_the_first_set(server, rig):
     assert server.received == []
 
 
+async def test_what_servers_say_of_models_is_kept(server, rig):
+    server.applied = [
+        pb.AppliedSnapshot(namespace="a", policy="b", version="c", model_sha256="d"),
+        pb.AppliedSnapshot(namespace="a", policy="e", version="f", model_error="no such file"),
+        pb.AppliedSnapshot(namespace="a", policy="g", version="h"),
+    ]
+    await rig.publisher.set_servers({server.address: True})
+    await rig.until(lambda states: bool(states[server.address].models))
+    assert rig.publisher.states()[server.address].models == {
+        Key("a", "b"): ("d", ""),
+        Key("a", "e"): ("", "no such file"),
+    }
+
+
 async def test_the_same_set_is_not_sent_twice(rig, snapshots):
     assert rig.publisher.publish(snapshots())
     assert not rig.publisher.publish(snapshots())

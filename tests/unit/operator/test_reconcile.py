@@ -711,6 +711,39 @@ def test_acknowledgements_become_programmed(api, servers, condition, text):
     assert api.conditions(outcome, "auto")["Ready"] == ready
 
 
+def with_models(api, **servers):
+    """A policy of HanDrl at servers that say so much of its model; None: nothing."""
+    world = (api.policy(algorithm="HanDrl"), api.expert())
+    first = api.reconcile(api.observe(*world))
+    states = {
+        name: api.acknowledging(
+            first, models={} if said is None else dict.fromkeys(first.next.snapshots, said)
+        )
+        for name, said in servers.items()
+    }
+    return api.reconcile(api.observe(*world, servers=states), first.next)
+
+
+MODELS = {
+    "all": ({"a": ("ab" * 32, ""), "b": ("ab" * 32, "")}, ("True", "Loaded"), "abababababab"),
+    "none yet": ({"a": None, "b": ("ab" * 32, "")}, ("Unknown", "Pending"), "1/2 policy servers"),
+    "refused": (
+        {"a": ("ab" * 32, ""), "b": ("", "x.onnx is corrupt")},
+        ("False", "LoadFailed"),
+        "b: x.onnx is corrupt",
+    ),
+}
+
+
+@pytest.mark.parametrize(("servers", "condition", "text"), MODELS.values(), ids=MODELS)
+def test_what_servers_say_of_the_model_becomes_model_loaded(api, servers, condition, text):
+    outcome = with_models(api, **servers)
+    assert api.conditions(outcome, "auto")["ModelLoaded"] == condition
+    assert text in api.message(outcome, "auto", "ModelLoaded")
+    ready = ("True", "Degraded") if condition[0] == "False" else ("True", "Serving")
+    assert api.conditions(outcome, "auto")["Ready"] == ready
+
+
 def test_without_policy_servers_nothing_is_programmed(api):
     outcome = api.reconcile(api.observe(api.policy(), api.expert()))
     assert api.conditions(outcome, "auto")["Programmed"] == ("False", "NoPolicyServers")

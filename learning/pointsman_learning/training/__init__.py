@@ -1,0 +1,1 @@
+"""Training of HAN-DRL: labels by branch rollouts, warm start, discrete SAC."""

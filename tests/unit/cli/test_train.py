@@ -1,0 +1,84 @@
+"""``pointsman train``: options and messages; the run itself is tested with the trainer."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pointsman_cli.main import app
+
+TINY = {
+    "domain": {
+        "processes": {"poisson": 1.0},
+        "most_endpoints": 3,
+        "predictors": {"declared": 1.0},
+    },
+    "labels": {
+        "shards": 1,
+        "rollouts": {"horizon": 5, "requests": 30, "trunks": 3, "states_per_scenario": 4},
+    },
+    "network": {"width": 8, "heads": 2, "layers": 1, "hidden": 8},
+    "warm": {"epochs": 1, "held_out": 0.4},
+    "validation": {
+        "workloads": ["poisson"],
+        "loads": [0.9],
+        "limits": ["x1"],
+        "seeds": 1,
+        "requests": 20,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def no_data_folder(monkeypatch):
+    monkeypatch.setattr("pointsman_learning.workloads.DataFolder.find", lambda: None)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def test_it_trains_and_says_what_it_does(tmp_path):
+    config, output = tmp_path / "tiny.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump(TINY))
+    result = invoke("--config", config, "--output", output, "--jobs", 1)
+    assert result.exit_code == 0, result.output
+    assert "about 12 states" in result.stderr
+    assert "warm start 1/1: validation" in result.stderr
+    assert "poisson 0.9 x1" in result.stdout
+    assert json.loads((output / "model_card.json").read_text())["model"] == "han_drl.onnx"
+    again = invoke("--config", config, "--output", output, "--jobs", 1)
+    assert again.exit_code == 1
+    assert "holds a run; resume it, or use another folder" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "none.yaml"], "No such file"),
+        (["--experts", "none"], "none"),
+        (["--quality-data", "none.csv"], "none.csv"),
+        (["--resume"], "there is no checkpoint to go on from"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, arguments, message):
+    result = invoke(*arguments, "--output", tmp_path / "out", "--jobs", 1)
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+
+
+def test_cuda_needs_a_device(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = invoke("--device", "cuda", "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "there is no CUDA device here" in result.stderr
+
+
+def test_ray_is_an_extra(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = invoke("--ray", "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "pip install 'pointsman[ray]'" in result.stderr
