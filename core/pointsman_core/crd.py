@@ -130,7 +130,7 @@ KINDS = (
             Column("Ready", _ready("status")),
             Column("Reason", _ready("reason")),
             Column("Endpoints", ".status.endpoints.ready", "integer", "Endpoints that are ready."),
-            Column("Total", ".status.endpoints.total", "integer", "All endpoints.", priority=1),
+            Column("Total", ".status.endpoints.total", "integer", "All endpoints."),
             AGE,
         ),
     ),

@@ -82,8 +82,12 @@ def operator(
             envvar="POINTSMAN_STATS_INTERVAL",
         ),
     ] = 60.0,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
-    log_format: Annotated[str, typer.Option(help="json or console.")] = "json",
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning or error.", envvar="POINTSMAN_LOG_LEVEL")
+    ] = "info",
+    log_format: Annotated[
+        str, typer.Option(help="json or console.", envvar="POINTSMAN_LOG_FORMAT")
+    ] = "json",
 ) -> None:
     """Compile custom resources into snapshots and bring them to the policy servers."""
     from pointsman_operator.logs import configure_logs

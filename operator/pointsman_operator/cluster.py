@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import orjson
 
@@ -21,6 +21,7 @@ from pointsman_operator.observed import (
     POLICY_LABEL,
     SNAPSHOT_KEY,
     SNAPSHOT_LABEL,
+    JsonObject,
     Key,
     Kind,
 )
@@ -37,8 +38,8 @@ READ_TIMEOUT_S: Final = 30.0
 
 _APPLY: Final = "application/apply-patch+yaml"
 _FORBIDDEN, _NOT_FOUND, _CONFLICT, _GONE = 403, 404, 409, 410
+_REFUSALS: Final = (400, _FORBIDDEN, 413, 422)
 
-JsonObject = dict[str, Any]
 _T = TypeVar("_T")
 
 
@@ -104,12 +105,17 @@ class ClusterError(OSError):
         """It was deleted, is another one of the same name by now, or ends with its namespace."""
         return self.status in (_NOT_FOUND, _CONFLICT) or self.cause == _NAMESPACE_TERMINATING
 
+    @property
+    def refused(self) -> bool:
+        """The API server will not have it, such as for a quota: somebody must do something."""
+        return self.status in _REFUSALS and not self.object_is_gone
+
 
 class Cluster(Protocol):
     """What the operator does with the API. Every method raises `ClusterError`."""
 
-    async def list_all(self, kind: Kind) -> Sequence[JsonObject] | None:
-        """All objects of a kind; ``None`` if the API server does not know the kind."""
+    async def list_all(self, kind: Kind, namespace: str = "") -> Sequence[JsonObject] | None:
+        """All objects of a kind, of one namespace or of all; ``None`` if the kind is not known."""
 
     async def may_watch(self, kind: Kind) -> bool:
         """Whether the operator's role lets it list and watch a kind."""
@@ -131,7 +137,7 @@ class Cluster(Protocol):
 
 
 class KubernetesCluster:
-    """A `Cluster` by the official client; ``namespaces`` empty means all."""
+    """A `Cluster` by the official client; ``namespaces``, which are watched, empty means all."""
 
     def __init__(self, client: "ApiClient", namespaces: Sequence[str] = ()) -> None:
         self._client = client
@@ -139,17 +145,14 @@ class KubernetesCluster:
         # Of its own: an API server that hangs must not take the threads of others.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kubernetes")
 
-    async def list_all(self, kind: Kind) -> Sequence[JsonObject] | None:
-        """All objects of a kind; ``None`` if the API server does not know the kind."""
-        items: list[JsonObject] = []
+    async def list_all(self, kind: Kind, namespace: str = "") -> Sequence[JsonObject] | None:
+        """All objects of a kind, of one namespace or of all; ``None`` if the kind is not known."""
         try:
-            for namespace in self._namespaces or ("",):
-                items += await self._run(partial(self._list, PATHS[kind], namespace))
+            return await self._run(partial(self._list, PATHS[kind], namespace))
         except ClusterError as error:
             if error.status == _NOT_FOUND:
                 return None
             raise
-        return items
 
     async def may_watch(self, kind: Kind) -> bool:
         """Whether the operator's role lets it list and watch a kind."""

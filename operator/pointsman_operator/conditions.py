@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from pointsman_core.resources import ConditionStatus
+from pointsman_operator.observed import JsonObject
 
 TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
 
@@ -15,8 +16,6 @@ MAX_MESSAGE: Final = 1024
 
 EXPERT: Final = "LLMExpert"
 POLICY: Final = "RoutingPolicy"
-
-JsonObject = Mapping[str, Any]
 
 
 class Type(StrEnum):
@@ -71,6 +70,7 @@ class Reason(StrEnum):
     SERVING = "Serving"
     DEGRADED = "Degraded"
     SNAPSHOT_TOO_LARGE = "SnapshotTooLarge"
+    SNAPSHOT_NOT_STORED = "SnapshotNotStored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,11 @@ MEANINGS: Final = (
             TRUE,
             Reason.SNAPSHOT_TOO_LARGE,
             "requests are routed, but the snapshot does not fit a ConfigMap",
+        ),
+        (
+            TRUE,
+            Reason.SNAPSHOT_NOT_STORED,
+            "requests are routed, but the API server refuses the ConfigMap; the message says why",
         ),
         (FALSE, Reason.INVALID_SPEC, _HELD),
         (FALSE, Reason.UNKNOWN_ALGORITHM, _HELD),
@@ -276,7 +281,9 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 
 
-_ALARMING: Final = frozenset({Reason.SNAPSHOT_TOO_LARGE, Reason.DEGRADED})
+_ALARMING: Final = frozenset(
+    {Reason.SNAPSHOT_TOO_LARGE, Reason.SNAPSHOT_NOT_STORED, Reason.DEGRADED}
+)
 """Worth a warning though the condition stays true, and its end worth an Event."""
 
 

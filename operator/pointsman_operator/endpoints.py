@@ -48,7 +48,7 @@ class Resolver:
     def resolve(self, expert: LLMExpert) -> Resolution:
         """The endpoints of an expert."""
         backend, namespace = expert.spec.backend, expert.metadata.namespace
-        if (kind := self._unreadable(backend)) is not None:
+        if (kind := self._unreadable(backend, namespace)) is not None:
             text = f"the operator is not permitted to list {kind}: see its role"
             return _fault(Reason.NOT_PERMITTED, text)
         if backend.service is not None:
@@ -76,7 +76,7 @@ class Resolver:
                     found[address] = found.get(address, False) or endpoint.ready
         return found
 
-    def _unreadable(self, backend: Backend) -> Kind | None:
+    def _unreadable(self, backend: Backend, namespace: str) -> Kind | None:
         needed: tuple[Kind, ...] = ()
         if backend.service is not None:
             needed = (Kind.SERVICE, Kind.SLICE)
@@ -84,7 +84,8 @@ class Resolver:
             needed = (Kind.POD,)
         elif backend.inference_pool is not None:
             needed = (Kind.POOL, Kind.POD)
-        return next((kind for kind in needed if kind in self._observed.unreadable), None)
+        may_read = self._observed.may_read
+        return next((kind for kind in needed if not may_read(kind, namespace)), None)
 
     def _by_service(self, namespace: str, backend: ServiceBackend) -> Resolution:
         key = Key(namespace, backend.name)

@@ -12,9 +12,10 @@ import kopf
 
 from pointsman_core.resources import GROUP
 from pointsman_operator.cluster import PATHS, ClusterError, connect
+from pointsman_operator.logs import configure_logs
 from pointsman_operator.observed import Kind
 from pointsman_operator.runtime import Memory, Operator
-from pointsman_operator.settings import settings_from_environment
+from pointsman_operator.settings import log_settings_from_environment, settings_from_environment
 
 PREFIX: Final = GROUP
 
@@ -43,7 +44,11 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
     """Set kopf up and start what runs beside it."""
     configure(settings)
     try:
-        ours = memo.get("settings") or settings_from_environment()
+        ours = memo.get("settings")
+        if ours is None:  # ``kopf run``, whose own logs tell every event
+            level, style = log_settings_from_environment()
+            configure_logs(level=level, style=style)
+            ours = settings_from_environment()
         settings.scanning.disabled = bool(ours.namespaces)
         cluster = memo.get("cluster") or connect(ours.namespaces)
         operator = Operator(
@@ -56,6 +61,8 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
         await operator.start()
     except (ClusterError, ValueError, OSError) as error:
         memo.refusal = str(error)  # for `supervise`: to start again would not help
+        if (ending := memo.get("ending")) is not None:
+            ending.set()  # kopf would wait 5 s for whoever waits for its flag
         raise kopf.PermanentError(str(error)) from error
     memo.operator = operator
 

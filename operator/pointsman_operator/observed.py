@@ -54,7 +54,6 @@ class Meta:
 
     key: Key
     uid: str = ""
-    resource_version: str = ""
     generation: int = 1
     created: str = ""
     """RFC 3339 in UTC, as the API server writes it, so that text order is time order."""
@@ -215,11 +214,17 @@ class Observed:
     pods: _Table[Key, Pod] = field(default_factory=_empty)
     pools: _Table[Key, Pool] = field(default_factory=_empty)
     pools_installed: bool = True
-    unreadable: frozenset[Kind] = frozenset()
-    """Kinds that the operator may not list."""
+    unreadable: frozenset[tuple[Kind, str]] = frozenset()
+    """What the operator may not list, by kind and namespace; an empty one means all."""
+    unstored: _Table[Key, str] = field(default_factory=_empty)
+    """Why the API server refuses a policy's ConfigMap."""
     servers: _Table[str, ServerState] = field(default_factory=_empty)
     probes: _Table[str, Probe] = field(default_factory=_empty)
     performance: _Table[Key, Performance] = field(default_factory=_empty)
+
+    def may_read(self, kind: Kind, namespace: str) -> bool:
+        """Whether the operator may list a kind in a namespace."""
+        return not self.unreadable & {(kind, ""), (kind, namespace)}
 
 
 # --- reading ---------------------------------------------------------------------------
@@ -242,7 +247,6 @@ def read_meta(body: JsonObject) -> Meta | None:
     return Meta(
         key=Key(_text(raw.get("namespace")) or "default", name),
         uid=_text(raw.get("uid")),
-        resource_version=_text(raw.get("resourceVersion")),
         generation=generation if isinstance(generation, int) else 1,
         created=_text(raw.get("creationTimestamp")),
         labels=_labels(raw.get("labels")),

@@ -27,6 +27,8 @@ from pointsman_proto.v1.pointsman_pb2_grpc import SnapshotServiceStub
 RPC_TIMEOUT_S: Final = 5.0
 FIRST_BACKOFF_S: Final = 0.1
 LAST_BACKOFF_S: Final = 10.0
+WINDOW_S: Final = 300.0
+"""Of what policy servers count; older counts say nothing any more."""
 MAX_DOUBLINGS: Final = 4
 """Of the time between two looks, while somebody else publishes too."""
 
@@ -122,8 +124,10 @@ class Publisher:
         on_change: Callable[[], None],
         metrics: Metrics,
         poll_interval_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.connect = connect
+        self.clock = clock
         self.identity = identity
         self.metrics = metrics
         self.poll_interval_s = poll_interval_s
@@ -173,8 +177,11 @@ class Publisher:
         }
 
     def counts(self) -> list[Mapping[Key, PolicyCounts]]:
-        """What every server counted, as last read."""
-        return [link.counts or {} for link in self._links.values()]
+        """What every server counted, as last read, unless that is longer ago than its window."""
+        oldest = self.clock() - WINDOW_S
+        return [
+            (link.counts or {}) if link.counted_at > oldest else {} for link in self._links.values()
+        ]
 
     @property
     def asked(self) -> bool:
@@ -205,6 +212,7 @@ class _Link:
         self.error = ""
         self.refused = False
         self.counts: Mapping[Key, PolicyCounts] | None = None
+        self.counted_at = 0.0
         self.models: Models = {}
         self._owner = owner
         self._address = address
@@ -300,7 +308,7 @@ class _Link:
         self._instance = report.instance_id
         self._failures = 0
         if report.counts is not None:
-            self.counts = report.counts
+            self.counts, self.counted_at = report.counts, self._owner.clock()
         self._show(report.applied, "", refused=False, models=report.models)
 
     def _failed(self, error: Exception, wanted: SnapshotSet | None) -> None:

@@ -43,6 +43,7 @@ from pointsman_operator.endpoints import Resolution, Resolver
 from pointsman_operator.fitness import Unfit, model_served, reachable, unfit
 from pointsman_operator.names import Claim, Names, settle
 from pointsman_operator.observed import (
+    CONFIG_MAP_PREFIX,
     Declared,
     JsonObject,
     Key,
@@ -117,7 +118,6 @@ class StatusWrite:
     """A status to be written, and what to tell of it."""
 
     ref: Ref
-    resource_version: str
     status: JsonObject
     events: tuple[Transition, ...] = ()
 
@@ -142,7 +142,8 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
     """Decide everything anew; a second call with ``Outcome.next`` finds nothing to write."""
     experts = _view_experts(observed, previous)
     policies = _view_policies(observed, previous, experts)
-    snapshots = {p.meta.key: p.snapshot for p in policies if p.snapshot is not None}
+    unseen = _unseen(observed, previous)
+    snapshots = unseen | {p.meta.key: p.snapshot for p in policies if p.snapshot is not None}
     config_maps = tuple(
         SnapshotWrite(p.meta.key, p.meta.uid, p.snapshot)
         for p in policies
@@ -177,7 +178,8 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
                 for key, one in experts.items()
             },
             statuses=_next_statuses(previous, statuses, experts, policies),
-            stored={
+            stored={key: one for key, one in previous.stored.items() if key in unseen}
+            | {
                 key: StoredSnapshot(p.snapshot.version, p.meta.uid)
                 if p.storable
                 else previous.stored[key]
@@ -186,6 +188,15 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
             },
         ),
     )
+
+
+def _unseen(observed: Observed, previous: Previous) -> dict[Key, Snapshot]:
+    """In force of policies that cannot be looked at: nobody knows that they are gone."""
+    return {
+        key: snapshot
+        for key, snapshot in previous.snapshots.items()
+        if key not in observed.policies and not observed.may_read(Kind.POLICY, key.namespace)
+    }
 
 
 # --- experts ---------------------------------------------------------------------------
@@ -425,9 +436,15 @@ def _view_policies(
         (found for found in observed.policies.values() if not found.meta.deleting),
         key=lambda found: (not _was_accepted(found, previous), found.meta.created, found.meta.key),
     )
-    names = settle([_claim(found, in_force.get(found.meta.key)) for found in by_age])
+    claims = [_claim(found, in_force.get(found.meta.key)) for found in by_age]
+    held = _unseen(observed, previous).items()
+    claims += [Claim(key, in_force=one.models, wanted=None) for key, one in held]
+    names = settle(claims)
     return [
         _view_policy(found, names, previous.policies.get(key), in_force.get(key), experts)
+        if observed.may_read(Kind.EXPERT, key.namespace)
+        # What its experts are by now is not known.
+        else _Policy(found, _verdict(found, names), None, in_force.get(key))
         for key, found in sorted(((one.meta.key, one) for one in by_age), key=lambda one: one[0])
     ]
 
@@ -534,7 +551,9 @@ def _policy_status(
 ) -> StatusWrite | None:
     refs, model = _resolved_refs(policy), _model_loaded(policy, observed.servers)
     programmed = _programmed(policy, observed.servers)
-    ready = _policy_ready(policy, refs, programmed, model)
+    ready = _policy_ready(
+        policy, refs, programmed, model, refusal=observed.unstored.get(policy.meta.key, "")
+    )
     performance = observed.performance.get(policy.meta.key, Performance())
     fields: dict[str, Any] = {
         "experts": _selected_experts(policy, previous),
@@ -632,7 +651,9 @@ def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
     return Finding(Type.PROGRAMMED, UNKNOWN, Reason.PENDING, count)
 
 
-def _policy_ready(policy: _Policy, refs: Finding, programmed: Finding, model: Finding) -> Finding:
+def _policy_ready(
+    policy: _Policy, refs: Finding, programmed: Finding, model: Finding, *, refusal: str
+) -> Finding:
     if policy.verdict.status != TRUE:
         text = f"{policy.verdict.message}; {_what_stays(policy)}"
         return Finding(Type.READY, FALSE, policy.verdict.reason, text)
@@ -653,14 +674,20 @@ def _policy_ready(policy: _Policy, refs: Finding, programmed: Finding, model: Fi
     shortcomings = [not_ready] if obstacles else []
     if model.status == FALSE:
         shortcomings.append(model.message)
-    text = f"{counted(len(routed), 'expert')}, {counted(len(candidates), 'endpoint')}"
+    text = f"{counted(len(candidates), 'endpoint')} of {counted(len(routed), 'expert')} routed"
     text = "; ".join([text, *shortcomings])
     if not policy.storable:
         text += f"; the snapshot, over {MAX_STORED_BYTES} bytes, is too large for its ConfigMap: "
-        text += "a policy server that starts while the operator is away lacks it"
-        return Finding(Type.READY, TRUE, Reason.SNAPSHOT_TOO_LARGE, text)
+        return Finding(Type.READY, TRUE, Reason.SNAPSHOT_TOO_LARGE, text + _LACKS_IT)
+    if refusal:
+        name = CONFIG_MAP_PREFIX + policy.meta.key.name
+        text += f"; the snapshot is not in ConfigMap {name}: {_LACKS_IT}; {refusal}"
+        return Finding(Type.READY, TRUE, Reason.SNAPSHOT_NOT_STORED, text)
     reason = Reason.DEGRADED if shortcomings else Reason.SERVING
     return Finding(Type.READY, TRUE, reason, text)
+
+
+_LACKS_IT: Final = "a policy server that starts while the operator is away lacks it"
 
 
 def _what_stays(policy: _Policy) -> str:
@@ -704,7 +731,7 @@ def _status_write(
     if old is not None and _unordered(old) == _unordered(status):
         return None
     events = transitions(before, conditions)
-    return StatusWrite(ref, meta.resource_version, status, events)
+    return StatusWrite(ref, status, events)
 
 
 def _unordered(status: JsonObject) -> dict[str, Any]:

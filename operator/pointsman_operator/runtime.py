@@ -14,25 +14,28 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Hashable,
     Iterator,
     Mapping,
     Sequence,
 )
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import Any, Final
 
 import structlog
 from aiohttp import web
 from prometheus_client import generate_latest
 
 from pointsman_core.resources import LLMExpert, RoutingPolicy
-from pointsman_operator.cluster import Cluster, ClusterError, JsonObject
+from pointsman_operator.cluster import Cluster, ClusterError
 from pointsman_operator.endpoints import Resolver, find_port
 from pointsman_operator.health import Health
 from pointsman_operator.metrics import Metrics
 from pointsman_operator.observed import (
     Declared,
+    JsonObject,
     Key,
     Kind,
     Observed,
@@ -51,6 +54,7 @@ from pointsman_operator.reconcile import (
     reconcile,
     stored_bytes,
 )
+from pointsman_operator.retries import FIRST_RETRY_S, LAST_RETRY_S, Retries
 from pointsman_operator.settings import OperatorSettings
 from pointsman_operator.stats import PrometheusStats, filled, from_servers
 from pointsman_operator.store import Store
@@ -64,16 +68,24 @@ SETTLE_S: Final = 1.0
 FIRST_SETTLE_S: Final = 8.0
 """After a start: longer than a policy server may take, so that no status forgets in between."""
 WRITES_AT_ONCE: Final = 8
-FIRST_RETRY_S: Final = 0.5
-LAST_RETRY_S: Final = 30.0
+GOOD_RUN_S: Final = 60.0
+"""A loop that a bug ends after so long begins anew soon."""
 
 OWN_KINDS: Final = (Kind.EXPERT, Kind.POLICY)
-
-_T = TypeVar("_T")
 
 _TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A full list of one kind."""
+
+    found: Sequence[JsonObject] | None
+    """``None`` when the API server does not know the kind."""
+    forbidden: frozenset[str] = frozenset()
+    """Namespaces that may not be listed; an empty one means all."""
 
 
 @dataclass(slots=True)
@@ -111,8 +123,10 @@ class Operator:
         self._clock = clock
         self._unwatched = frozenset(unwatched)
         """Kinds that the role did not let anybody watch when the watches began."""
-        self._forbidden: frozenset[Kind] = frozenset()
-        """Kinds that could not be listed the last time, for want of a right."""
+        self._forbidden: frozenset[tuple[Kind, str]] = frozenset()
+        """Kinds and namespaces that could not be listed the last time, for want of a right."""
+        self._list_error = ""
+        """Why the last full list failed."""
         self._on_stale_watches = on_stale_watches
         """Called with the reason when the watches should begin anew."""
         self._changed = asyncio.Event()
@@ -120,6 +134,10 @@ class Operator:
         self._performance: Mapping[Key, Performance] = {}
         self._snapshot_times: dict[tuple[Key, str], float] = {}
         self._retry_s = FIRST_RETRY_S
+        self._retries = Retries(FIRST_RETRY_S, LAST_RETRY_S)
+        """Of writes, by object."""
+        self._unstored: dict[Key, str] = {}
+        """Why the API server refuses a policy's ConfigMap."""
         self._publishing = False
         """A change is on its way to the publisher."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -131,11 +149,20 @@ class Operator:
             on_change=self._unwritten.set,
             metrics=self.metrics,
             poll_interval_s=settings.status_poll_interval_s,
+            clock=clock,
         )
         self._prober: Prober | None = None
 
     async def start(self) -> None:
-        """Serve probes and start all loops; raises OSError if the address is taken."""
+        """Serve probes and start all loops.
+
+        Raises:
+            OSError: the address of the probes is taken.
+            ValueError: a certificate cannot be read.
+
+        """
+        if self.settings.tls is not None:
+            await asyncio.to_thread(self.settings.tls.check)
         await self._exit.enter_async_context(self._http())
         self._prober = Prober(
             interval_s=self.settings.probe_interval_s, on_change=self._changed.set
@@ -176,10 +203,11 @@ class Operator:
                 async with asyncio.timeout(RESYNC_TIMEOUT_S):
                     await self.resync()
                 self.metrics.resyncs.labels("ok").inc()
-                self._retry_s = FIRST_RETRY_S
+                self._retry_s, self._list_error = FIRST_RETRY_S, ""
             except (ClusterError, TimeoutError) as error:
                 self.metrics.resyncs.labels("failed").inc()
-                log.warning("full list failed", error=str(error) or "timed out")
+                self._list_error = str(error) or "timed out"
+                log.warning("full list failed", error=self._list_error)
                 pause = min(pause, self._backoff())
             await self._sleep("resync", pause)
 
@@ -195,9 +223,14 @@ class Operator:
 
     @property
     def _pools_wanted(self) -> bool:
-        """An expert names an InferencePool, and the API server did not know the kind."""
+        """An expert names an InferencePool, and no watch has told of any yet.
+
+        Kopf begins to watch a new kind some time after it was installed; what is deleted in
+        between, no watch tells.
+        """
         experts: Mapping[Key, Declared[LLMExpert]] = self.store.objects(Kind.EXPERT)
-        return not self.store.installed(Kind.POOL) and any(
+        watched = self.store.installed(Kind.POOL) and self.store.events(Kind.POOL) > 0
+        return not watched and any(
             one.resource is not None and one.resource.spec.backend.inference_pool is not None
             for one in experts.values()
         )
@@ -205,11 +238,11 @@ class Operator:
     async def _relist(self, kind: Kind) -> None:
         touched = self.store.begin_list(kind)
         try:
-            found = await self._cluster.list_all(kind)
+            listed = await self._list(kind)
         except BaseException:
             self.store.abandon_list(kind, touched)
             raise
-        if self.store.end_list(kind, touched, found, now=self._clock()):
+        if self._end_list(kind, touched, listed, now=self._clock()):
             self._changed.set()
 
     async def resync(self) -> None:
@@ -229,7 +262,7 @@ class Operator:
         self.health.listed({kind: self.store.events(kind) for kind in watched}, missed)
         for kind in watched:
             self.metrics.resync_corrections.labels(kind).inc(missed[kind])
-        forbidden = frozenset(k for k, one in listed.items() if isinstance(one, ClusterError))
+        forbidden = frozenset((k, name) for k, one in listed.items() for name in one.forbidden)
         changed.append(forbidden != self._forbidden)
         self._forbidden = forbidden
         self._take_config_maps()
@@ -240,8 +273,14 @@ class Operator:
             self.health.synced = True
             self._changed.set()
         self._unwritten.set()
-        if self._on_stale_watches is not None and (reason := await self._why_stale()):
-            self._on_stale_watches(reason)
+        if self._on_stale_watches is not None:
+            try:
+                reason = await self._why_stale()
+            except ClusterError as error:  # the lists are good; the next one asks again
+                log.debug("not known whether watches are stale", error=str(error))
+            else:
+                if reason:
+                    self._on_stale_watches(reason)
 
     async def _why_stale(self) -> str:
         """Why the watches should begin anew; empty when they should not."""
@@ -250,33 +289,49 @@ class Operator:
         for kind in sorted(self._unwatched):
             if await self._cluster.may_watch(kind):
                 return f"{kind} may be watched now"
-        for kind in sorted(self._forbidden - self._unwatched - {Kind.CONFIG_MAP}):
+        forbidden = {kind for kind, _ in self._forbidden}
+        for kind in sorted(forbidden - self._unwatched - {Kind.CONFIG_MAP}):
             if not await self._cluster.may_watch(kind):
                 return f"{kind} may not be watched any more"
         return ""
 
-    async def _list(self, kind: Kind) -> Sequence[JsonObject] | ClusterError | None:
-        """All objects of a kind, or why it may not be listed, which is no fault of others."""
-        try:
-            return await self._cluster.list_all(kind)
-        except ClusterError as error:
-            if not error.forbidden or kind in OWN_KINDS:
-                raise
-            log.warning("not permitted, the rest goes on", kind=kind, error=str(error))
-            return error
+    async def _list(self, kind: Kind) -> Listed:
+        """All objects of a kind; what may not be listed is no fault of others."""
+        items: list[JsonObject] = []
+        refused: dict[str, ClusterError] = {}
+        namespaces = self.settings.namespaces or ("",)
+        for namespace in namespaces:
+            try:
+                found = await self._cluster.list_all(kind, namespace)
+            except ClusterError as error:
+                if not error.forbidden:
+                    raise
+                refused[namespace] = error
+                continue
+            if found is None:
+                return Listed(None)
+            items += found
+        # Before the first list nobody knows what is in force there: sending the rest would end it.
+        needed = len(refused) == len(namespaces) or not self._memory.restored
+        if refused and needed and kind in OWN_KINDS:
+            raise _not_permitted(kind, refused)
+        for namespace, refusal in refused.items():
+            if (kind, namespace) not in self._forbidden:
+                log.warning("not permitted, the rest goes on", kind=kind, error=str(refusal))
+        return Listed(items, frozenset(refused))
 
     def _end_list(
         self,
         kind: Kind,
         touched: set[Key],
-        found: Sequence[JsonObject] | ClusterError | None,
+        listed: Listed,
         *,
         now: float,
     ) -> bool:
-        if isinstance(found, ClusterError):
+        if listed.forbidden == frozenset(self.settings.namespaces or ("",)):
             self.store.abandon_list(kind, touched)
             return False
-        return self.store.end_list(kind, touched, found, now=now)
+        return self.store.end_list(kind, touched, listed.found, now=now, kept=listed.forbidden)
 
     def _take_config_maps(self) -> None:
         """What stands in the API is what has been written, whoever wrote it."""
@@ -351,6 +406,7 @@ class Operator:
             pools=objects(Kind.POOL),
             pools_installed=self.store.installed(Kind.POOL),
             unreadable=self._forbidden,
+            unstored=dict(self._unstored),
             servers=self._publisher.states(),
             probes={} if self._prober is None else self._prober.results(),
             performance=self._performance,
@@ -395,22 +451,19 @@ class Operator:
     # --- writes ------------------------------------------------------------------------
 
     async def _write_loop(self) -> None:
-        retry_s, settle_s = FIRST_RETRY_S, FIRST_SETTLE_S
+        settle_s = FIRST_SETTLE_S
         while True:
             self.health.beat("writes", now=self._clock())
-            if not await self._wait(self._unwritten) or not self.health.synced:
+            retry_s = self._retries.wait_s(now=self._clock())
+            told = await self._wait(self._unwritten, at_most_s=min(HEARTBEAT_S, retry_s))
+            due = self._retries.wait_s(now=self._clock()) <= 0.0
+            if not (told or due) or not self.health.synced:
                 continue
             await self._settle(settle_s)
             settle_s = SETTLE_S
             self._unwritten.clear()
             with _again_unless_done(self._unwritten):
-                done = await self._write()
-            if done:
-                retry_s = FIRST_RETRY_S
-                continue
-            await self._sleep("writes", retry_s)
-            retry_s = min(LAST_RETRY_S, retry_s * 2)
-            self._unwritten.set()
+                await self._write()
 
     async def _settle(self, at_most_s: float) -> None:
         """Wait a little for pending changes, and for answers of policy servers and engines."""
@@ -428,62 +481,89 @@ class Operator:
             or (self._prober is not None and not self._prober.settled)
         )
 
-    async def _write(self) -> bool:
-        """Write what differs; tells whether all of it succeeded."""
+    async def _write(self) -> None:
+        """Write what differs, but for what has failed just now."""
         if not all(self.store.installed(kind) for kind in OWN_KINDS):
-            return True
+            return
         outcome = await self._reconcile(self._observe())
+        self._forget_refusals({one.policy for one in outcome.config_maps})
+        writes: dict[Hashable, Callable[[], Awaitable[bool]]] = {
+            **{one.policy: partial(self._write_snapshot, one) for one in outcome.config_maps},
+            **{key: partial(self._delete_snapshot, key) for key in outcome.stale_config_maps},
+            **{one.ref: partial(self._write_status, one) for one in outcome.statuses},
+        }
+        self._retries.keep(writes)
+        now = self._clock()
+        due = {key: write for key, write in writes.items() if self._retries.due(key, now=now)}
         gate = asyncio.Semaphore(WRITES_AT_ONCE)
 
-        async def gated(write: Callable[[_T], Awaitable[bool]], what: _T) -> bool:
+        async def gated(write: Callable[[], Awaitable[bool]]) -> bool:
             async with gate:
-                return await write(what)
+                return await write()
 
-        done = await asyncio.gather(
-            *(gated(self._write_snapshot, one) for one in outcome.config_maps),
-            *(gated(self._delete_snapshot, one) for one in outcome.stale_config_maps),
-            *(gated(self._write_status, one) for one in outcome.statuses),
-        )
-        return all(done)
+        done = await asyncio.gather(*(gated(write) for write in due.values()))
+        now = self._clock()
+        for key, one in zip(due, done, strict=True):
+            self._retries.tried(key, done=one, now=now)
+
+    def _forget_refusals(self, wanted: Collection[Key]) -> None:
+        for key in self._unstored.keys() - set(wanted):
+            del self._unstored[key]
+            self._unwritten.set()  # its status says so
 
     async def _write_snapshot(self, write: SnapshotWrite) -> bool:
-        if not await self._try("configmap", self._cluster.write_snapshot(write)):
+        error = await self._try("configmap", self._cluster.write_snapshot(write))
+        refusal = str(error) if error is not None and error.refused else None
+        if error is None or refusal is not None:
+            self._note_refusal(write.policy, refusal)
+        if error is not None:
             return False
         stored = StoredSnapshot(write.snapshot.version, write.owner_uid)
         self._remember(stored={**self._memory.previous.stored, write.policy: stored})
         return True
 
+    def _note_refusal(self, policy: Key, text: str | None) -> None:
+        before = self._unstored.pop(policy, None)
+        if text is not None:
+            self._unstored[policy] = text
+        if text != before:
+            self._unwritten.set()
+
     async def _delete_snapshot(self, policy: Key) -> bool:
-        if not await self._try("configmap", self._cluster.delete_snapshot(policy)):
+        error = await self._try("configmap", self._cluster.delete_snapshot(policy))
+        if error is not None and not error.object_is_gone:
             return False
         left = {k: v for k, v in self._memory.previous.stored.items() if k != policy}
         self._remember(stored=left)
         return True
 
     async def _write_status(self, write: StatusWrite) -> bool:
-        if not await self._try("status", self._cluster.write_status(write)):
+        error = await self._try("status", self._cluster.write_status(write))
+        if error is not None and not error.object_is_gone:
             return False
         self._remember(statuses={**self._memory.previous.statuses, write.ref: write.status})
+        if error is not None:
+            return True  # its end, or its successor, will be told by the watch
         for event in write.events:
             # One that is lost is lost: the conditions say the same.
             await self._try("event", self._cluster.post_event(write.ref, event, datetime.now(UTC)))
         return True
 
-    async def _try(self, what: str, call: Awaitable[None]) -> bool:
+    async def _try(self, what: str, call: Awaitable[None]) -> ClusterError | None:
+        """Why it failed."""
         self.health.beat("writes", now=self._clock())
         try:
             await call
         except ClusterError as error:
             if error.object_is_gone:
-                # Its end, or its successor, will be told by the watch.
                 self.metrics.writes.labels(what, "gone").inc()
                 log.debug("nothing to write to", what=what, error=str(error))
-                return True
+                return error
             self.metrics.writes.labels(what, "failed").inc()
             log.warning("write failed", what=what, error=str(error))
-            return False
+            return error
         self.metrics.writes.labels(what, "ok").inc()
-        return True
+        return None
 
     # --- the rest ----------------------------------------------------------------------
 
@@ -506,11 +586,11 @@ class Operator:
                 self._unwritten.set()
             await self._sleep("stats", self.settings.stats_interval_s)
 
-    async def _wait(self, event: asyncio.Event) -> bool:
-        """Whether the event came within a heartbeat."""
+    async def _wait(self, event: asyncio.Event, *, at_most_s: float = HEARTBEAT_S) -> bool:
+        """Whether the event came in time."""
         with contextlib.suppress(TimeoutError):
             # Not wait_for: before Python 3.12 it may swallow a cancellation.
-            async with asyncio.timeout(HEARTBEAT_S):
+            async with asyncio.timeout(at_most_s):
                 await event.wait()
         return event.is_set()
 
@@ -553,8 +633,9 @@ class Operator:
 
         async def readyz(_: web.Request) -> web.Response:
             ready = self.health.synced
-            text = "ok\n" if ready else "the first full list is not there yet\n"
-            return web.Response(text=text, status=200 if ready else 503)
+            why = f": {self._list_error}" if self._list_error else ""
+            text = "ok" if ready else f"the first full list is not there yet{why}"
+            return web.Response(text=text + "\n", status=200 if ready else 503)
 
         app = web.Application()
         app.add_routes(
@@ -587,6 +668,16 @@ def last_told(policies: Mapping[Key, Declared[RoutingPolicy]]) -> Mapping[Key, P
     }
 
 
+def _not_permitted(kind: Kind, refused: Mapping[str, ClusterError]) -> ClusterError:
+    """For a kind without which nothing can be sent."""
+    namespaces, (error, *_) = sorted(filter(None, refused)), refused.values()
+    if not namespaces:
+        return error
+    text = f"not permitted to list {kind} in {', '.join(namespaces)}: give the operator its Role "
+    text += f"there, or take the namespace out of --namespace ({error})"
+    return ClusterError(text, status=error.status, cause=error.cause)
+
+
 @contextlib.contextmanager
 def _again_unless_done(event: asyncio.Event) -> Iterator[None]:
     """Set the event again when the block fails: what was to be done is still to be done."""
@@ -601,9 +692,12 @@ async def _forever(loop: Callable[[], Awaitable[None]]) -> None:
     """Run a loop again when a bug has ended it, as long as the process lives."""
     pause = FIRST_RETRY_S
     while True:
+        started = time.monotonic()
         try:
             await loop()
         except Exception:
             log.exception("loop failed, starting it again")
+            if time.monotonic() - started >= GOOD_RUN_S:
+                pause = FIRST_RETRY_S
             await asyncio.sleep(pause)
             pause = min(LAST_RETRY_S, pause * 2)

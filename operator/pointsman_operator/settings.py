@@ -1,5 +1,6 @@
 """Settings of the operator, from flags or from the environment."""
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from pointsman_core.resources import DNS_LABEL_PATTERN
 from pointsman_operator.observed import Key
 
 ENVIRONMENT_PREFIX: Final = "POINTSMAN_"
+SHORTEST_INTERVAL_S: Final = 1.0
+_MAX_PORT: Final = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,15 @@ class TlsFiles:
     ca: Path
     server_name: str = ""
     """Expected in the server's certificate; empty: its address."""
+
+    def check(self) -> None:
+        """Raise ValueError for a file that cannot be read."""
+        for what, path in (("certificate", self.cert), ("key", self.key), ("CA", self.ca)):
+            try:
+                path.read_bytes()
+            except OSError as error:
+                text = f"the {what} for policy servers cannot be read: {path}: {error.strerror}"
+                raise ValueError(text) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +102,21 @@ class OperatorSettings:
                 f"the policy servers' namespace {servers.service.namespace} must be among the "
                 f"namespaces watched: add --namespace {servers.service.namespace}"
             )
+        self._check_addresses()
+        if self.prometheus_url and not self.prometheus_url.startswith(("http://", "https://")):
+            raise ValueError(f"{self.prometheus_url!r} is not an http:// or https:// URL")
+        for one in fields(self):
+            if one.name.endswith("_interval_s") and not 0 < getattr(self, one.name) < math.inf:
+                raise ValueError(f"{one.name} must be positive and finite")
+
+    def _check_addresses(self) -> None:
+        if not _is_address(self.http_address):
+            raise ValueError(f"--http-address: {self.http_address!r} is not ip:port")
+        for address in self.policy_server_addresses:
+            if not address.startswith("unix:") and not _is_address(address, host=True):
+                raise ValueError(
+                    f"--policy-server-address: {address!r} is neither ip:port nor unix:///path"
+                )
         if self.tls is None:
             for address in self.policy_server_addresses:
                 if not is_loopback(address):
@@ -97,11 +124,16 @@ class OperatorSettings:
                         f"plaintext is only for loopback, not for {address}: "
                         "give --tls-cert, --tls-key and --tls-ca"
                     )
-        if self.prometheus_url and not self.prometheus_url.startswith(("http://", "https://")):
-            raise ValueError(f"{self.prometheus_url!r} is not an http:// or https:// URL")
-        for one in fields(self):
-            if one.name.endswith("_interval_s") and getattr(self, one.name) <= 0:
-                raise ValueError(f"{one.name} must be positive")
+
+
+def _is_address(text: str, *, host: bool = False) -> bool:
+    """Whether it is ``ip:port``; without ``host`` the part before the port may be empty."""
+    where, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > _MAX_PORT:
+        return False
+    if ":" in where and not (where.startswith("[") and where.endswith("]")):
+        return False
+    return bool(where) or not host
 
 
 def is_loopback(address: str) -> bool:
@@ -159,7 +191,7 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> Op
         others["http_address"] = text("HTTP_ADDRESS")
     for name in ("RESYNC_INTERVAL", "PROBE_INTERVAL", "STATS_INTERVAL"):
         if text(name):
-            others[f"{name.lower()}_s"] = float(text(name))
+            others[f"{name.lower()}_s"] = _seconds(ENVIRONMENT_PREFIX + name, text(name))
     return make_settings(
         policy_servers=text("POLICY_SERVERS"),
         tls_cert=text("TLS_CERT"),
@@ -168,3 +200,24 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> Op
         tls_server_name=text("TLS_SERVER_NAME"),
         **others,
     )
+
+
+def log_settings_from_environment(
+    environment: Mapping[str, str] = os.environ,
+) -> tuple[str, str]:
+    """Level and format of the logs of ``kopf run``."""
+    level = environment.get(f"{ENVIRONMENT_PREFIX}LOG_LEVEL") or "info"
+    return level, environment.get(f"{ENVIRONMENT_PREFIX}LOG_FORMAT") or "json"
+
+
+def _seconds(name: str, text: str) -> float:
+    """Raises ValueError that names the variable."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not SHORTEST_INTERVAL_S <= seconds < math.inf:
+        raise ValueError(
+            f"{name}: {text!r} is not a number of seconds, at least {SHORTEST_INTERVAL_S:g}"
+        )
+    return seconds

@@ -83,6 +83,8 @@ class PrometheusStats:
             violations = by_policy(self._client.custom_query(VIOLATION_RATE))
         except PrometheusApiClientException as error:
             raise ValueError(str(error)) from None
+        except (LookupError, TypeError, AttributeError):
+            raise ValueError("its answer is not one of the Prometheus API") from None
         return {
             key: Performance(qos.get(key), violations.get(key))
             for key in sorted(qos.keys() | violations.keys())

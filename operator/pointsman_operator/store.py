@@ -6,7 +6,7 @@ for objects that a watch told of while the list was under way: there nobody can 
 of the two is newer, and the next list settles it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -87,10 +87,17 @@ class Store:
         lists[:] = [one for one in lists if one is not touched]
 
     def end_list(
-        self, kind: Kind, touched: set[Key], bodies: Iterable[object] | None, *, now: float
+        self,
+        kind: Kind,
+        touched: set[Key],
+        bodies: Iterable[object] | None,
+        *,
+        now: float,
+        kept: Collection[str] = (),
     ) -> bool:
         """Replace the table by a full list; ``None`` when the kind is not installed.
 
+        ``kept`` are namespaces that could not be listed: what is known of them stays.
         Tells whether anything changed.
         """
         self.abandon_list(kind, touched)
@@ -99,7 +106,7 @@ class Store:
         table.installed = bodies is not None
         found = {one.meta.key: one for one in (read_object(kind, b) for b in bodies or ()) if one}
         for key in (table.objects.keys() | found.keys()) - touched:
-            if _put(table, key, found.get(key)):
+            if key.namespace not in kept and _put(table, key, found.get(key)):
                 changed = True
                 if table.listed:
                     # The first time counts: what changes often is missed as well.

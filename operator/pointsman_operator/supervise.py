@@ -42,7 +42,7 @@ class StaleWatchesError(RuntimeError):
 def run(settings: OperatorSettings) -> None:
     """Run until SIGTERM or SIGINT; raises `StartError`."""
     memory = Memory()
-    log.info("starting", handlers=main.__name__, namespaces=settings.namespaces or "all")
+    log.info("starting", namespaces=settings.namespaces or "all")
 
     def once() -> None:
         # kopf cancels every task of its loop when it ends, so each run has its own.

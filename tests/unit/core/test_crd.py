@@ -216,8 +216,7 @@ def test_the_definition_around_the_schema(kind):
     (version,) = spec["versions"]
     assert version["subresources"] == {"status": {}}
     columns = version["additionalPrinterColumns"]
-    assert {"Ready", "Age"} <= {column["name"] for column in columns}
-    assert any(column.get("priority") == 1 for column in columns)
+    assert {"Ready", "Reason", "Age"} <= {column["name"] for column in columns}
 
 
 @each_kind

@@ -55,12 +55,11 @@ async def test_only_our_config_maps_are_listed(api_server, cluster):
     assert (path, query["labelSelector"]) == ("/api/v1/configmaps", "pointsman.dev/snapshot=true")
 
 
-async def test_in_namespaced_mode_only_those_are_listed(api_server):
+async def test_in_namespaced_mode_each_is_listed_by_itself(api_server):
     cluster = connect(("a", "b"))
-    await cluster.list_all(Kind.EXPERT)
-    paths = [path for _, path, _, _ in api_server.requests]
-    root = "/apis/pointsman.dev/v1alpha1/namespaces"
-    assert paths == [f"{root}/a/llmexperts", f"{root}/b/llmexperts"]
+    await cluster.list_all(Kind.EXPERT, "a")
+    ((_, path, _, _),) = api_server.requests
+    assert path == "/apis/pointsman.dev/v1alpha1/namespaces/a/llmexperts"
     await cluster.close()
 
 
@@ -91,7 +90,7 @@ async def test_deleting_what_is_gone_is_no_error(api_server, cluster):
 
 async def test_a_status_names_the_object_by_its_uid(api, api_server, cluster):
     api_server.put(api.policy())
-    await cluster.write_status(StatusWrite(REF, "1", {"experts": 1}))
+    await cluster.write_status(StatusWrite(REF, {"experts": 1}))
     _, path, _, body = api_server.requests[-1]
     assert path == "/apis/pointsman.dev/v1alpha1/namespaces/default/routingpolicies/auto/status"
     assert body["metadata"] == {"name": "auto", "namespace": "default", "uid": "uid-1"}
@@ -112,7 +111,7 @@ async def test_an_event_is_posted(api_server, cluster):
 async def test_an_object_that_is_gone(api_server, cluster, status):
     api_server.fail = failing(status)
     with pytest.raises(ClusterError) as raised:
-        await cluster.write_status(StatusWrite(REF, "1", {}))
+        await cluster.write_status(StatusWrite(REF, {}))
     assert raised.value.object_is_gone
 
 
@@ -137,7 +136,7 @@ async def test_a_refusal_without_a_cause_is_a_missing_right(api_server, cluster,
     answer = {"kind": "Status", "message": "no", "details": details}
     api_server.fail = lambda _: web.json_response(answer, status=403)
     with pytest.raises(ClusterError) as raised:
-        await cluster.write_status(StatusWrite(REF, "1", {}))
+        await cluster.write_status(StatusWrite(REF, {}))
     assert raised.value.forbidden
     assert not raised.value.object_is_gone
 

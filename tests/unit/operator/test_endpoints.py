@@ -30,7 +30,7 @@ def test_fixed_addresses_are_all_ready(api):
     [(SERVICE, Kind.SERVICE), (SERVICE, Kind.SLICE), (PODS, Kind.POD), (POOL, Kind.POOL)],
 )
 def test_what_may_not_be_read_is_a_fault_and_not_an_absence(api, backend, kind):
-    seen = api.observe(api.expert(**backend), unreadable=frozenset({kind}))
+    seen = api.observe(api.expert(**backend), unreadable=frozenset({(kind, "")}))
     (expert,) = seen.experts.values()
     found = Resolver(seen).resolve(expert.resource)
     assert (found.fault, found.ready) == (Reason.NOT_PERMITTED, ())
@@ -152,3 +152,10 @@ def test_endpoints_of_a_service_with_their_readiness(api):
 )
 def test_addresses_are_written_as_envoy_reads_them(ip, address):
     assert format_address(ip, 1) == address
+
+
+@pytest.mark.parametrize(("namespace", "fault"), [("default", Reason.NOT_PERMITTED), ("b", None)])
+def test_what_may_not_be_read_in_one_namespace_is_no_fault_in_others(api, namespace, fault):
+    seen = api.observe(api.expert(**PODS), unreadable=frozenset({(Kind.POD, namespace)}))
+    (expert,) = seen.experts.values()
+    assert Resolver(seen).resolve(expert.resource).fault == fault

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+from dataclasses import replace
 
 import kopf
 import pytest
@@ -10,10 +11,10 @@ from aiohttp import web
 from structlog.testing import capture_logs
 
 from pointsman_operator import main, supervise
-from pointsman_operator.cluster import PATHS
+from pointsman_operator.cluster import PATHS, ClusterError
 from pointsman_operator.observed import Kind
 from pointsman_operator.runtime import Memory
-from pointsman_operator.settings import OperatorSettings
+from pointsman_operator.settings import OperatorSettings, TlsFiles
 from pointsman_operator.supervise import StaleWatchesError, StartError, operate
 
 SETTINGS = OperatorSettings(http_address="127.0.0.1:0", debounce_s=0.001, resync_interval_s=3600.0)
@@ -209,6 +210,47 @@ async def test_a_start_without_access_is_refused_for_good(monkeypatch, tmp_path)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(StartError, match="neither in a cluster"):
         await asyncio.to_thread(asyncio.run, operate(SETTINGS, Memory()))
+
+
+async def test_a_refused_start_ends_at_once(api_server, monkeypatch):
+    """Kopf would wait 5 s for whoever waits for its flag, and then the reaper comes."""
+    ended = []
+    monkeypatch.setattr(supervise, "PATIENCE_S", 3600.0)
+    real = kopf.operator
+
+    async def watched(**options):
+        try:
+            await real(**options)
+        finally:
+            ended.append(options["stop_flag"].is_set())
+
+    monkeypatch.setattr(kopf, "operator", watched)
+    settings = replace(SETTINGS, http_address=api_server.url.removeprefix("http://"))
+    with pytest.raises(StartError, match="address already in use"):
+        await asyncio.to_thread(asyncio.run, operate(settings, Memory()))
+    assert ended == [True]
+
+
+async def test_certificates_that_are_missing_refuse_the_start(api_server, tmp_path):  # noqa: ARG001
+    files = {name: tmp_path / name for name in ("cert", "key", "ca")}
+    settings = replace(SETTINGS, tls=TlsFiles(**files))
+    with pytest.raises(StartError, match="the certificate for policy servers cannot be read"):
+        await asyncio.to_thread(asyncio.run, operate(settings, Memory()))
+
+
+@pytest.mark.parametrize(("given", "asked"), [({}, True), ({"settings": SETTINGS}, False)])
+async def test_logs_are_set_up_for_kopf_run(monkeypatch, given, asked):
+    calls = []
+    monkeypatch.setattr(main, "configure_logs", lambda **options: calls.append(options))
+    monkeypatch.setattr(main, "connect", refuse_to_connect)
+    monkeypatch.setenv("POINTSMAN_LOG_LEVEL", "debug")
+    with pytest.raises(kopf.PermanentError, match="no access"):
+        await main.start(settings=kopf.OperatorSettings(), memo=kopf.Memo(**given))
+    assert calls == ([{"level": "debug", "style": "json"}] if asked else [])
+
+
+def refuse_to_connect(_):
+    raise ClusterError("no access")
 
 
 def test_every_kind_is_watched():

@@ -14,7 +14,13 @@ from cryptography.x509.oid import NameOID
 
 from pointsman_operator.metrics import Metrics
 from pointsman_operator.observed import Key
-from pointsman_operator.publisher import GrpcServerClient, PolicyCounts, Publisher, describe
+from pointsman_operator.publisher import (
+    WINDOW_S,
+    GrpcServerClient,
+    PolicyCounts,
+    Publisher,
+    describe,
+)
 from pointsman_operator.settings import TlsFiles
 from pointsman_proto.v1 import pointsman_pb2 as pb
 from pointsman_proto.v1.pointsman_pb2_grpc import (
@@ -93,12 +99,14 @@ class Rig:
     def __init__(self, tls=None):
         self.metrics = Metrics()
         self.changed = asyncio.Event()
+        self.now = 1000.0
         self.publisher = Publisher(
             lambda address: GrpcServerClient(address, tls),
             identity="test",
             on_change=self.changed.set,
             metrics=self.metrics,
             poll_interval_s=POLL_S,
+            clock=lambda: self.now,
         )
 
     async def until(self, holds):
@@ -297,6 +305,24 @@ async def test_plaintext_never_leaves_the_machine(rig, snapshots):
     rig.publisher.publish(snapshots())
     await rig.publisher.set_servers({"10.0.0.1:9003": True})
     await rig.until(lambda states: "only for loopback" in states["10.0.0.1:9003"].error)
+
+
+async def test_counts_do_not_outlive_their_window(rig, snapshots):
+    fake = FakePolicyServer()
+    one = pb.PolicyStats(namespace="default", policy="auto", requests=4, violations=1)
+    fake.policies = [one]
+    async with serving(fake):
+        rig.publisher.publish(snapshots())
+        await rig.publisher.set_servers({fake.address: True})
+        async with asyncio.timeout(10):
+            while not rig.publisher.counts()[0]:
+                fake.asked.clear()
+                await fake.asked.wait()
+    await rig.until(lambda states: states[fake.address].error)
+    rig.now += WINDOW_S - 1
+    assert rig.publisher.counts()[0][AUTO].requests == 4
+    rig.now += 1
+    assert rig.publisher.counts() == [{}]
 
 
 def test_errors_read_the_same_at_every_try():

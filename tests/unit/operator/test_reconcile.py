@@ -244,12 +244,15 @@ def test_a_deleted_service_takes_its_endpoints_along(api):
     assert "stays" not in api.message(second, "coder", "Ready")
 
 
+SERVICES = frozenset({(Kind.SERVICE, ""), (Kind.SLICE, "")})
+
+
 @MEMORIES
 def test_what_may_not_be_read_any_more_stays_as_it_is(api, memory):
     expert = api.expert(service={"name": "engine", "port": 80})
     world = (api.policy(), api.service(), expert, api.slice("engine", "10.0.0.1"))
     first = api.reconcile(api.observe(*world))
-    seen = api.observe(api.policy(), expert, unreadable=frozenset({Kind.SERVICE, Kind.SLICE}))
+    seen = api.observe(api.policy(), expert, unreadable=SERVICES)
     second = api.reconcile(seen, memory(first))
     assert second.snapshots == first.snapshots
     assert api.conditions(second, "coder")["Ready"] == ("False", "NotPermitted")
@@ -520,7 +523,7 @@ def test_without_the_permission_to_look_what_was_found_stays(api, valid):
     first = api.reconcile(api.observe(api.policy(), expert, api.pod(ip="10.0.1.1")))
     if not valid:
         expert = api.expert(**selector, spec={"limits": {"concurrency": -1}})
-    blind = api.observe(api.policy(), expert, unreadable=frozenset({Kind.POD}))
+    blind = api.observe(api.policy(), expert, unreadable=frozenset({(Kind.POD, "")}))
     second = api.reconcile(blind, first.next)
     assert second.snapshots == first.snapshots
     assert api.addresses(second) == ["10.0.1.1:8000"]
@@ -818,7 +821,7 @@ def test_a_policy_is_ready_when_one_endpoint_answers(api):
     world = (api.policy(), api.expert(addresses=ADDRESSES))
     outcome = serving(api, *world, probes={A1: SILENT, A2: GOOD})
     assert api.conditions(outcome, "auto")["Ready"] == ("True", "Serving")
-    assert api.message(outcome, "auto", "Ready") == "1 expert, 2 endpoints"
+    assert api.message(outcome, "auto", "Ready") == "2 endpoints of 1 expert routed"
 
 
 def test_a_policy_is_degraded_when_some_expert_does_not_answer(api):
@@ -826,7 +829,7 @@ def test_a_policy_is_degraded_when_some_expert_does_not_answer(api):
     outcome = serving(api, *world, probes={A1: SILENT, A2: LOCKED})
     assert api.conditions(outcome, "auto")["ResolvedRefs"] == ("True", "AllResolved")
     assert api.conditions(outcome, "auto")["Ready"] == ("True", "Degraded")
-    text = "2 experts, 2 endpoints; 1 of 2 experts is not ready: coder (NoneAnswers)"
+    text = "2 endpoints of 2 experts routed; 1 of 2 experts is not ready: coder (NoneAnswers)"
     assert api.message(outcome, "auto", "Ready") == text
 
 
@@ -1003,7 +1006,7 @@ def test_one_is_told_as_one(api):
     outcome = serving(api, api.policy(), api.expert(), probes={"10.0.0.1:8000": GOOD})
     assert api.message(outcome, "coder", "Ready") == "1 of 1 endpoint is ready"
     assert api.message(outcome, "coder", "Reachable") == "1 of 1 endpoint answers"
-    assert api.message(outcome, "auto", "Ready") == "1 expert, 1 endpoint"
+    assert api.message(outcome, "auto", "Ready") == "1 endpoint of 1 expert routed"
     assert api.message(outcome, "auto", "ResolvedRefs") == "1 expert"
     assert api.message(outcome, "auto", "Programmed") == "1/1 policy server has generation 1"
 
@@ -1021,7 +1024,7 @@ def test_several_are_told_as_several(api):
     assert api.message(outcome, "coder", "Ready") == "2 of 2 endpoints are ready"
     assert api.message(outcome, "coder", "Reachable") == "2 of 2 endpoints answer"
     assert api.message(first, "coder", "Reachable") == f"1 of 2 endpoints answers: {A2} refused"
-    assert api.message(outcome, "auto", "Ready") == "2 experts, 3 endpoints"
+    assert api.message(outcome, "auto", "Ready") == "3 endpoints of 2 experts routed"
     assert api.message(outcome, "auto", "ResolvedRefs") == "2 experts"
     assert api.message(outcome, "auto", "Programmed") == "2/2 policy servers have generation 1"
 
@@ -1037,3 +1040,39 @@ def test_long_lists_are_cut_short(api):
 def test_each_meaning_is_listed_once():
     rows = [(m.kind, m.type, m.status, m.reason) for m in MEANINGS]
     assert len(rows) == len(set(rows))
+
+
+OWN = [frozenset({(Kind.POLICY, "default"), (Kind.EXPERT, "default")})]
+OWN += [frozenset({one}) for one in OWN[0]]
+
+
+@pytest.mark.parametrize("blind", OWN)
+def test_a_namespace_that_cannot_be_looked_at_keeps_what_is_in_force(api, blind):
+    world = [api.policy(), api.expert()]
+    first = api.reconcile(api.observe(*world))
+    left = [one for one in world if (Kind(one["kind"]), "default") not in blind]
+    other = {"namespace": "b", "uid": "b"}
+    more = [api.policy(meta=other, models=["b"]), api.expert(meta=other)]
+    rival = api.policy("rival", meta=other | {"uid": "r"}, models=["auto"])
+    seen = api.observe(*left, *more, rival, unreadable=blind)
+    second = api.reconcile(seen, first.next)
+    assert first.snapshots[0] in second.snapshots
+    assert [one.policy for one in second.snapshots if one.namespace == "b"] == ["auto"]
+    assert second.stale_config_maps == ()
+    assert api.conditions(second, "rival")["Accepted"] == ("False", "ModelNameConflict")
+    assert api.reconcile(seen, second.next).snapshots == second.snapshots
+    back = api.reconcile(api.observe(*world, *more, rival), second.next)
+    assert first.snapshots[0] in back.snapshots
+
+
+def test_a_config_map_that_is_refused_is_named(api):
+    world = api.policy(), api.expert()
+    server = {"s": api.acknowledging(api.reconcile(api.observe(*world)))}
+    seen = api.observe(*world, servers=server, unstored={AUTO: "exceeded quota"})
+    outcome = api.reconcile(seen)
+    assert api.conditions(outcome, "auto")["Ready"] == ("True", "SnapshotNotStored")
+    text = api.message(outcome, "auto", "Ready")
+    assert "not in ConfigMap pointsman-snapshot-auto" in text
+    assert text.endswith("exceeded quota")
+    (write,) = (one for one in outcome.statuses if one.ref.key == AUTO)
+    assert (True, "SnapshotNotStored") in [(one.warning, one.reason) for one in write.events]

@@ -29,6 +29,8 @@ class FakeCluster:
         self.objects = {kind: {} for kind in Kind}
         self.missing = set()
         self.forbidden = set()
+        self.closed = set()
+        """Namespaces without a Role."""
         self.error = None
         self.log = []
         self.changed = asyncio.Event()
@@ -37,11 +39,14 @@ class FakeCluster:
         for body in bodies:
             self.objects[Kind(body["kind"])][body["metadata"]["name"]] = body
 
-    async def list_all(self, kind):
+    async def list_all(self, kind, namespace=""):
         self._check("list", kind)
-        if kind in self.forbidden:
+        if kind in self.forbidden or namespace in self.closed:
             raise ClusterError("forbidden", status=403)
-        return None if kind in self.missing else list(self.objects[kind].values())
+        if kind in self.missing:
+            return None
+        found = self.objects[kind].values()
+        return [one for one in found if namespace in ("", one["metadata"]["namespace"])]
 
     async def may_watch(self, kind):
         return kind not in self.forbidden
@@ -330,15 +335,34 @@ async def test_an_inference_pool_crd_that_comes_later_is_found_soon(api, rig, mo
     monkeypatch.setattr(runtime, "POOLS_INTERVAL_S", 0.01)
     rig.cluster.missing = {Kind.POOL}
     rig.cluster.put(api.policy(), api.expert(inferencePool={"name": "ants"}))
-    async with rig.running(resync_interval_s=3600.0):
+    async with rig.running(resync_interval_s=3600.0) as operator:
         reason = "InferencePoolNotInstalled"
         await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == reason)
         rig.cluster.missing = set()
         reason = "InferencePoolNotFound"
         await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == reason)
+        operator.feed(Kind.POOL, {"type": "ADDED", "object": api.pool("other")})
         looks = rig.cluster.log.count(("list", Kind.POOL))
         await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
-        assert rig.cluster.log.count(("list", Kind.POOL)) == looks, "it is there: no more looks"
+        left = rig.cluster.log.count(("list", Kind.POOL)) - looks
+        assert left <= 1, "it is watched: no more looks but the one under way"
+
+
+async def test_an_inference_pool_that_goes_before_it_is_watched_is_found_gone(
+    api, rig, monkeypatch
+):
+    monkeypatch.setattr(runtime, "POOLS_INTERVAL_S", 0.01)
+    rig.cluster.missing = {Kind.POOL}
+    rig.cluster.put(api.policy(), api.expert(inferencePool={"name": "ants"}))
+    async with rig.running(resync_interval_s=3600.0):
+        reason = "InferencePoolNotInstalled"
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == reason)
+        rig.cluster.missing = set()
+        rig.cluster.put(api.pool("ants"))
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == "NoEndpoints")
+        del rig.cluster.objects[Kind.POOL]["ants"]
+        reason = "InferencePoolNotFound"
+        await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == reason)
 
 
 async def test_an_inference_pool_crd_that_nobody_waits_for_is_not_looked_for(api, rig, monkeypatch):
@@ -631,3 +655,145 @@ async def test_a_bug_in_a_loop_does_not_end_it(api, rig, monkeypatch):
     async with rig.running(resync_interval_s=3600.0):
         await rig.until(lambda: len(rig.servers.sets) == 1)
         assert 'reconciles_total{result="failed"} 1.0' in (await rig.get("/metrics"))[1]
+
+
+async def test_a_write_that_fails_makes_no_other_wait(api, rig, monkeypatch):
+    """One tenant's quota must not stall the statuses of the others."""
+    monkeypatch.setattr(runtime, "FIRST_RETRY_S", 3600.0)
+    quota = ClusterError("exceeded quota", status=403)
+    real = rig.cluster.write_snapshot
+
+    async def write(what):
+        if what.policy.namespace == "full":
+            await raising(quota, rig.cluster)(what)
+        await real(what)
+
+    rig.cluster.write_snapshot = write
+    meta = {"namespace": "full", "labels": {}, "uid": "full"}
+    rig.cluster.put(api.policy("stuck", meta=meta), api.expert("near", meta=meta))
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(resync_interval_s=3600.0) as operator:
+        await rig.until(lambda: rig.reason("stuck", "Ready") == "SnapshotNotStored")
+        assert "exceeded quota" in rig.status("stuck")["conditions"][0]["message"]
+        late = api.expert("late", addresses=["127.0.0.1:1"])
+        rig.cluster.put(late)
+        operator.feed(Kind.EXPERT, {"type": "ADDED", "object": late})
+        await rig.until(lambda: rig.reason("late", "Ready", Kind.EXPERT))
+        tries = [one for what, one in rig.cluster.log if getattr(one, "policy", None) == STUCK]
+        assert len(tries) == 1, "it is not due yet"
+
+
+STUCK = Key("full", "stuck")
+
+
+async def test_a_config_map_that_is_refused_is_written_when_it_may(api, rig, monkeypatch):
+    monkeypatch.setattr(runtime, "FIRST_RETRY_S", 0.01)
+    real = rig.cluster.write_snapshot
+    rig.cluster.write_snapshot = raising(ClusterError("quota", status=403), rig.cluster)
+    rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
+    rig.cluster.put(api.service())
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: ("status", "auto") in tried(rig))
+        assert "pointsman-snapshot-auto" not in rig.cluster.objects[Kind.CONFIG_MAP]
+        rig.cluster.write_snapshot = real
+        await rig.until(lambda: "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP])
+        await rig.until(lambda: not rig.operator._unstored)
+
+
+def tried(rig):
+    """Objects of all tries of `raising`, by name."""
+    return [(what, one.policy.name) for what, one in rig.cluster.log if hasattr(one, "policy")]
+
+
+async def test_a_config_map_without_its_namespace_does_not_count_as_stored(api, rig, monkeypatch):
+    monkeypatch.setattr(runtime, "FIRST_RETRY_S", 0.01)
+    real = rig.cluster.write_snapshot
+    rig.cluster.write_snapshot = raising(ClusterError("no namespace", status=404), rig.cluster)
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: ("status", "auto") in tried(rig))
+        rig.cluster.write_snapshot = real
+        await rig.until(lambda: "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP])
+
+
+def two_namespaces(api, rig):
+    b = {"namespace": "b", "uid": "b"}
+    rig.cluster.put(api.policy(), api.expert())
+    rig.cluster.put(api.policy("other", meta=b), api.expert("far", meta=b))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["same run", "watches begun again"])
+async def test_a_namespace_that_is_closed_stops_no_other(api, rig, again):
+    two_namespaces(api, rig)
+    served = {"namespaces": ("default", "b"), "resync_interval_s": 0.05}
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(rig.running(**served))
+        await rig.until(lambda: rig.reason("other", "Programmed") == "Acknowledged")
+        if again:
+            await stack.aclose()
+        rig.cluster.closed = {"b"}
+        rig.cluster.put(api.expert(addresses=["10.0.0.7:8000"], meta={"generation": 2}))
+        if again:
+            await stack.enter_async_context(rig.running(**served))
+        await rig.until(lambda: "10.0.0.7:8000" in sent(rig))
+        applied = rig.servers.sets[-1][1].applied
+        assert Key("b", "other") in applied
+        assert (await rig.get("/readyz"))[0] == 200
+        rig.cluster.closed = set()
+        del rig.cluster.objects[Kind.POLICY]["other"]
+        await rig.until(lambda: Key("b", "other") not in rig.servers.sets[-1][1].applied)
+
+
+async def test_a_namespace_that_is_closed_from_the_start_is_named(api, rig, monkeypatch):
+    """What is in force there is not known: sending the rest would end it."""
+    monkeypatch.setattr(runtime, "FIRST_RETRY_S", 0.01)
+    two_namespaces(api, rig)
+    rig.cluster.closed = {"b"}
+    async with rig.running(namespaces=("default", "b")):
+        await lists(rig, 2)
+        status, text = await rig.get("/readyz")
+        assert (status, rig.servers.sets) == (503, [])
+        assert "in b: give the operator its Role there, or take the namespace out" in text
+        rig.cluster.closed = set()
+        await rig.until(lambda: rig.reason("other", "Programmed") == "Acknowledged")
+
+
+async def test_a_question_that_fails_makes_no_list_fail(api, rig):
+    asked = asyncio.Event()
+
+    async def may_watch(_):
+        asked.set()
+        raise ClusterError("busy", status=503)
+
+    rig.cluster.may_watch = may_watch
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(
+        resync_interval_s=0.05, unwatched=[Kind.POD], on_stale_watches=lambda _: None
+    ):
+        async with asyncio.timeout(20):
+            await asked.wait()
+        await lists(rig, 2)
+        page = (await rig.get("/metrics"))[1]
+    assert 'resyncs_total{result="ok"}' in page
+    assert 'resyncs_total{result="failed"}' not in page
+
+
+async def test_a_loop_that_ran_for_long_begins_anew_soon(monkeypatch):
+    now, pauses, runs = 0.0, [], [1.0, 1.0, 100.0, 1.0]
+
+    async def loop():
+        nonlocal now
+        if not runs:
+            raise asyncio.CancelledError
+        now += runs.pop(0)
+        raise ZeroDivisionError
+
+    async def sleep(pause):
+        pauses.append(pause)
+
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(runtime, "time", clock)
+    monkeypatch.setattr(runtime, "asyncio", SimpleNamespace(sleep=sleep))
+    with pytest.raises(asyncio.CancelledError):
+        await runtime._forever(loop)
+    assert pauses == [0.5, 1.0, 0.5, 1.0]

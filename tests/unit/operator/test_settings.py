@@ -8,7 +8,9 @@ import pytest
 from pointsman_operator.observed import Key
 from pointsman_operator.settings import (
     ServiceRef,
+    TlsFiles,
     is_loopback,
+    log_settings_from_environment,
     make_settings,
     settings_from_environment,
 )
@@ -31,6 +33,16 @@ WRONG = {
     ),
     "url": ({"prometheus_url": "prometheus:9090"}, "is not an http:// or https:// URL"),
     "interval": ({"resync_interval_s": 0.0}, "resync_interval_s must be positive"),
+    "no interval": ({"resync_interval_s": float("nan")}, "resync_interval_s must be positive"),
+    "http": ({"http_address": "foo"}, "--http-address: 'foo' is not ip:port"),
+    "http port": ({"http_address": "0.0.0.0:x"}, "--http-address: '0.0.0.0:x' is not ip:port"),
+    "http IPv6": ({"http_address": "::1:80"}, "--http-address: '::1:80' is not ip:port"),
+    "port": ({"http_address": ":65536"}, "--http-address: ':65536' is not ip:port"),
+    "server without port": (
+        {"policy_server_addresses": ("127.0.0.1",)},
+        "--policy-server-address: '127.0.0.1' is neither ip:port nor unix:///path",
+    ),
+    "server without host": ({"policy_server_addresses": (":9003",)}, "':9003' is neither"),
 }
 
 
@@ -38,6 +50,34 @@ WRONG = {
 def test_wrong_settings(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_settings(**given)
+
+
+@pytest.mark.parametrize("text", ["abc", "nan", "inf", "0.001", "-5"])
+def test_an_interval_of_the_environment_that_is_none(text):
+    with pytest.raises(ValueError, match=f"POINTSMAN_PROBE_INTERVAL: '{text}' is not a number of"):
+        settings_from_environment({"POINTSMAN_PROBE_INTERVAL": text})
+
+
+@pytest.mark.parametrize("address", [":8080", "0.0.0.0:8080", "[::]:8080", "localhost:0"])
+def test_addresses_of_the_probes(address):
+    assert make_settings(http_address=address).http_address == address
+
+
+def test_certificates_must_be_readable(tmp_path):
+    files = [tmp_path / name for name in "cka"]
+    tls = TlsFiles(cert=files[0], key=files[1], ca=files[2])
+    for path, what in zip(files, ("certificate", "key", "CA"), strict=True):
+        text = f"the {what} for policy servers cannot be read: {path}: No such file"
+        with pytest.raises(ValueError, match=re.escape(text)):
+            tls.check()
+        path.touch()
+    tls.check()
+
+
+def test_logs_of_kopf_run():
+    assert log_settings_from_environment({}) == ("info", "json")
+    given = {"POINTSMAN_LOG_LEVEL": "debug", "POINTSMAN_LOG_FORMAT": "console"}
+    assert log_settings_from_environment(given) == ("debug", "console")
 
 
 def test_the_certificate_is_expected_to_name_the_service():

@@ -54,11 +54,13 @@ def test_what_is_missing_is_taken_from_elsewhere():
 @pytest.fixture
 async def prometheus():
     """A Prometheus that knows violations but no QoS; its ``status`` can be changed."""
-    fake = SimpleNamespace(status=200, url="")
+    fake = SimpleNamespace(status=200, url="", answer=None)
 
     async def query(request):
         if fake.status != 200:
             return web.Response(status=fake.status)
+        if fake.answer is not None:
+            return web.json_response(fake.answer)
         rows = [{"metric": {"policy": "default/auto"}, "value": [0, "0.25"]}]
         found = rows if "violations" in request.query["query"] else []
         return web.json_response({"data": {"result": found}})
@@ -84,3 +86,9 @@ async def test_averages_from_prometheus(prometheus):
 def test_prometheus_that_nobody_runs():
     with pytest.raises(OSError, match="Connection refused"):
         stats.PrometheusStats("http://127.0.0.1:1").read()
+
+
+async def test_an_answer_that_is_not_of_prometheus(prometheus):
+    prometheus.answer = {"status": "success"}
+    with pytest.raises(ValueError, match="not one of the Prometheus API"):
+        await asyncio.to_thread(stats.PrometheusStats(prometheus.url).read)

@@ -25,6 +25,23 @@ def test_events_change_the_table(api):
     assert names(store) == {"b"}
 
 
+def test_another_version_of_the_same_is_no_change(api):
+    """Others write what does not matter here: heartbeats, annotations."""
+    store = Store()
+    assert store.take_event(Kind.POD, None, api.pod(), now=0.0)
+    newer = api.pod(meta={"resourceVersion": "2"})
+    assert not store.take_event(Kind.POD, "MODIFIED", newer, now=0.0)
+    assert not relist(store, api.pod(meta={"resourceVersion": "3"}))
+
+
+def test_a_namespace_that_could_not_be_listed_is_left_alone(api):
+    store = Store()
+    relist(store, api.pod("a"), api.pod("b", meta={"namespace": "b"}))
+    touched = store.begin_list(Kind.POD)
+    assert store.end_list(Kind.POD, touched, [], now=0.0, kept={"b"})
+    assert names(store) == {"b"}
+
+
 def test_rubbish_changes_nothing():
     store = Store()
     assert not store.take_event(Kind.POD, "ADDED", None, now=0.0)
