@@ -1,6 +1,7 @@
 """Rules for the whole suite."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,21 @@ ALLOWED_IN_CI = ("needs a GPU",)
 
 _skipped: list[tuple[str, str]] = []
 _measured: list[tuple[str, str]] = []
+
+
+ORDER = ("unit", "integration", "e2e", "benchmarks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first; and the end-to-end tests' operator, which minds the whole cluster,
+    is not yet there when others write to it."""
+    here = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> int:
+        folder = item.path.relative_to(here).parts[0]
+        return ORDER.index(folder) if folder in ORDER else len(ORDER)
+
+    items.sort(key=rank)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pointsman_cli.extras import needs_extra
+
 if TYPE_CHECKING:
     from pointsman_learning.calibration.check import Comparison
     from pointsman_learning.calibration.design import EngineLimits
@@ -31,7 +33,6 @@ _CONTEXT = {"min": 64, "max": 10_000_000, "help": "Prompt and answer together."}
 _KV = {"min": 64, "max": 2**40, "help": "Tokens that the KV cache holds."}
 _BUDGET = {"min": 1, "max": 2**20, "help": "Token budget of one iteration."}
 _Found = typer.Option
-_EXTRA = "needs the learning extra: pip install 'pointsman[learning]'"
 
 
 @app.command()
@@ -166,20 +167,14 @@ async def _engine(
 @contextmanager
 def _expected_errors() -> Iterator[None]:
     """Messages, not tracebacks, for what is wrong with the input or the installation."""
-    try:
+    with needs_extra():
         from pointsman_learning.calibration.measurements import CalibrationError
 
-        expected: tuple[type[Exception], ...] = (CalibrationError, OSError, UnicodeDecodeError)
         try:
             yield
-        except expected as error:
+        except (CalibrationError, OSError, UnicodeDecodeError) as error:
             typer.echo(f"calibrate: {error}", err=True)
             raise typer.Exit(1) from error
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("pointsman"):
-            raise
-        typer.echo(f"calibrate: {_EXTRA} ({error})", err=True)
-        raise typer.Exit(1) from error
 
 
 # --- What is shown ---------------------------------------------------------------------

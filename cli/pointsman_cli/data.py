@@ -1,12 +1,12 @@
 """`pointsman data fetch` and `pointsman data show`: the public data of the laboratory."""
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from pointsman_cli.extras import needs_extra
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,7 @@ def fetch(
     Files that are there are kept, broken downloads go on where they broke, and every file is
     checked against a pinned SHA-256. The exit status is 1 when a file could not be had.
     """
-    with _learning_extra():
+    with needs_extra():
         import httpx  # noqa: F401 - the extra's part that is needed here
 
         from pointsman_learning.workloads.fetch import FetchError, fetch_file, http_client
@@ -92,15 +92,6 @@ def _is_found(folder: Path) -> bool:
     return found is not None and found.path.resolve() == folder.resolve()
 
 
-@contextlib.contextmanager
-def _learning_extra() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as missing:
-        typer.echo("needs the learning extra: pip install 'pointsman[learning]'", err=True)
-        raise typer.Exit(1) from missing
-
-
 def _progress(console: "Console") -> "Progress":
     """A bar for each file, on standard error."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
@@ -131,7 +122,7 @@ def show(
     """
     from pointsman_core.workload import WorkloadError
 
-    with _learning_extra():
+    with needs_extra():
         import pointsman_learning.workloads  # noqa: F401 - the simulator beside it needs numba
 
     try:

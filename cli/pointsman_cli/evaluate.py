@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+from pointsman_cli.extras import needs_extra
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +44,13 @@ def evaluate(
         str,
         typer.Option(help="Comma-separated: x1, x2.5, x5 (multiples of the base limits), mixed."),
     ] = "x1",
+    base_limits: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated ms per token, drawn evenly, for --limits to multiply."
+            " Default: 50,70,100; azure-code 70,100,200."
+        ),
+    ] = None,
     admission: Annotated[
         str, typer.Option(help="Comma-separated: best-effort, reject.")
     ] = "reject",
@@ -89,6 +98,9 @@ def evaluate(
     output_dir: Annotated[Path, typer.Option(help="Where tables and plots go.")] = Path(
         "evaluation-output"
     ),
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write the overview, in Markdown, to this file.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print runs and summary as JSON on standard output.")
     ] = False,
@@ -100,18 +112,19 @@ def evaluate(
 
     All deciders meet the very same requests. Differences have paired bootstrap intervals.
     """
-    with _learning_extra():
-        from pointsman_learning.evaluation import Composer, Plan, default_predictor
+    with needs_extra():
+        from pointsman_learning.evaluation import Composer, Plan
 
     if policy is not None and experts is None:
         raise _bad("--policy", "names a policy in the manifests of --experts, which are not given")
     composer = Composer(
         requests=requests,
-        predictor=predictor or default_predictor(quality_data),
+        predictor=predictor or _default_predictor(quality_data),
         experts=experts,
         policy=policy,
         quality_data=quality_data,
         arrivals=arrivals,
+        base_limits_ms=None if base_limits is None else _base_limits(base_limits),
         outages=outages,
     )
     chosen = _deciders(deciders)
@@ -127,27 +140,19 @@ def evaluate(
     _check(composer, plan)
     with _named("--output-dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
+    if markdown is not None:
+        with _named("--markdown"):
+            markdown.touch()
     status = _run(
         composer,
         plan,
         reference=reference,
         output_dir=output_dir,
+        markdown=markdown,
         as_json=as_json,
         jobs=min(jobs or _cores(), len(plan)),
     )
     raise typer.Exit(status)
-
-
-@contextmanager
-def _learning_extra() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as missing:
-        typer.echo(
-            f"error: needs the learning extra: pip install 'pointsman[learning]' ({missing})",
-            err=True,
-        )
-        raise typer.Exit(2) from None
 
 
 # --- Options -----------------------------------------------------------------------------
@@ -183,21 +188,30 @@ def _workloads(text: str | None, arrivals: Path | None) -> list[str]:
             raise _bad("--workloads", "give either this or --arrivals")
         return [workload_name(arrivals)]
     if text is None:
-        return list(available_workloads())
+        with _named("POINTSMAN_DATA"):
+            return list(available_workloads())
     return _choose(text, "--workloads", {process.value: process.value for process in Process})
 
 
 def _loads(text: str) -> list[float]:
-    loads = []
-    for item in _items(text, "--loads"):
+    return _numbers(text, "--loads", most=100)
+
+
+def _numbers(text: str, option: str, *, most: float) -> list[float]:
+    numbers = set()
+    for item in _items(text, option):
         try:
-            load = float(item)
+            number = float(item)
         except ValueError:
-            load = math.nan
-        if not (0 < load <= 100):
-            raise _bad("--loads", f"{item}: must be a number above 0, and at most 100")
-        loads.append(load)
-    return sorted(set(loads))
+            number = math.nan
+        if not (0 < number <= most):
+            raise _bad(option, f"{item}: must be a number above 0, and at most {most:,.0f}")
+        numbers.add(number)
+    return sorted(numbers)
+
+
+def _base_limits(text: str) -> tuple[float, ...]:
+    return tuple(_numbers(text, "--base-limits", most=1e6))
 
 
 def _limits(text: str) -> list[str]:
@@ -243,6 +257,13 @@ def _deciders(text: str) -> list[str]:
     return [name for name in known if name in chosen]
 
 
+def _default_predictor(quality_data: Path | None) -> str:
+    from pointsman_learning.evaluation import default_predictor
+
+    with _named("POINTSMAN_DATA"):
+        return default_predictor(quality_data)
+
+
 def _reference(text: str, deciders: Sequence[str]) -> str:
     from pointsman_learning.evaluation import BEST_BASELINE
 
@@ -270,7 +291,7 @@ def _check(composer: "Composer", plan: "Plan") -> None:
     with _named("--quality-data"):
         composer.corpus()
     with _named("--predictor"):
-        composer.predicted()
+        composer.said()
     for workload in plan.workloads:
         with _named("--workloads" if composer.arrivals is None else "--arrivals"):
             disjoint = composer.disjoint_windows(workload)
@@ -295,13 +316,14 @@ def _run(
     *,
     reference: str,
     output_dir: Path,
+    markdown: Path | None,
     as_json: bool,
     jobs: int,
 ) -> int:
     """Run to the end; returns the exit status."""
     from rich.console import Console
 
-    from pointsman_learning.evaluation import DeciderFailedError, collect
+    from pointsman_learning.evaluation import DeciderFailedError, as_markdown, collect
 
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     tables = _table_console(stderr=as_json)
@@ -317,7 +339,12 @@ def _run(
         errors.print(f"error: {error}")
         return 1
     if runs:
-        _publish(collect(runs, plan), composer, reference, output_dir, tables, as_json=as_json)
+        results = collect(runs, plan, setting=composer.setting())
+        summary = _summary(results, composer, reference)
+        _publish(results, summary, output_dir, tables, as_json=as_json)
+        if markdown is not None:
+            text = as_markdown(summary, descriptions=results.descriptions)
+            markdown.write_text(text, encoding="utf-8")
         errors.print(f"tables and plots: {output_dir}")
     return status
 
@@ -360,7 +387,7 @@ def _play(
     pace = Pace.of(plan, requests=composer.requests, jobs=jobs)
     console.print(
         f"{len(plan)} runs of {composer.requests:,} requests, quality predicted by"
-        f" {composer.predictor}, in {jobs} {'process' if jobs == 1 else 'processes'}:"
+        f" {composer.predictor_note()}, in {jobs} {'process' if jobs == 1 else 'processes'}:"
         f" about {_duration(pace.left_s + START_S)}"
     )
     columns = (
@@ -387,10 +414,22 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def _summary(results: "Results", composer: "Composer", reference: str) -> list[dict[str, Any]]:
+    from pointsman_learning.evaluation import contenders, summarise
+
+    workloads = results.runs["workload"].unique().to_list()
+    return summarise(
+        results.runs,
+        reference=reference,
+        baselines=[name for name, one in contenders().items() if one.baseline and not one.bound],
+        disjoint={name: composer.disjoint_windows(name) for name in workloads},
+        prompts=results.prompts,
+    )
+
+
 def _publish(
     results: "Results",
-    composer: "Composer",
-    reference: str,
+    summary: list[dict[str, Any]],
     output_dir: Path,
     tables: "Console",
     *,
@@ -400,21 +439,11 @@ def _publish(
 
     from pointsman_learning.evaluation import (
         as_document,
-        contenders,
         draw_all,
         print_report,
-        summarise,
         write_parquet,
     )
 
-    baselines = [name for name, one in contenders().items() if one.baseline and not one.bound]
-    workloads = results.runs["workload"].unique().to_list()
-    summary = summarise(
-        results.runs,
-        reference=reference,
-        baselines=baselines,
-        disjoint={name: composer.disjoint_windows(name) for name in workloads},
-    )
     document = orjson.dumps(as_document(results, summary), option=orjson.OPT_INDENT_2) + b"\n"
     write_parquet(results, summary, output_dir)
     (output_dir / "evaluation.json").write_bytes(document)

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pointsman_cli.extras import needs_extra
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pointsman_learning.predictors.judge import Interval, Judgement, LengthJudgement
+    from pointsman_learning.evaluation.statistics import Interval
+    from pointsman_learning.predictors.judge import Judgement, LengthJudgement
     from pointsman_learning.workloads import Corpus
+    from pointsman_learning.workloads.corpus import Split
 
 app = typer.Typer(help="Predictors of each expert's quality from the prompt.", no_args_is_help=True)
 
@@ -39,7 +43,7 @@ def train(
     ] = "ngram",
     seed: Annotated[int, typer.Option(help="Seed of folds and clusters.")] = 0,
 ) -> None:
-    """Train a predictor; the same data, seed and versions give the same file.
+    """Train a predictor; the same data, seed and versions give equal weights, to rounding.
 
     Its metadata tells how it does out of fold, on prompts that it was not trained on.
     """
@@ -71,6 +75,23 @@ def train(
 def evaluate(
     split: Annotated[str, typer.Option(help="Prompts to judge by: test or validation.")] = "test",
     *,
+    predictor: Annotated[
+        Path | None,
+        typer.Option(
+            help="Judge this trained predictor, instead of fitting all kinds.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    quality_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Judge by scores of your own, on prompts that the predictor was not trained on."
+            " Without --predictor: the built-in one.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     embeddings: Annotated[
         bool, typer.Option(help="Also judge predictors on sentence embeddings.")
     ] = True,
@@ -90,6 +111,9 @@ def evaluate(
         from pointsman_learning.workloads.corpus import check_split
 
         console = Console(stderr=True)
+        if predictor or quality_data:
+            _evaluate_one(predictor, quality_data, split=check_split(split), as_json=as_json)
+            return
         held_out = load_corpus(check_split(split))
         known = load_corpus("train")
         with console.status("fitting") as status:
@@ -104,16 +128,31 @@ def evaluate(
     _print(tables, lengths, split=split, prompts=len(held_out), as_json=as_json)
 
 
+def _evaluate_one(
+    predictor: Path | None, quality_data: Path | None, *, split: "Split", as_json: bool
+) -> None:
+    from pointsman_core.predictors import Artefact, builtin_artefact
+    from pointsman_learning.predictors import comparison
+    from pointsman_learning.workloads import load_corpus, user_corpus
+
+    artefact = builtin_artefact()
+    if predictor is not None:
+        artefact = Artefact(predictor.read_bytes(), source=predictor.name)
+    held_out = load_corpus(split) if quality_data is None else user_corpus(quality_data)
+    where = f"{split} split" if quality_data is None else quality_data.name
+    tables = {
+        f"{name}, {where}": rows
+        for name, rows in comparison.compare_one(artefact, held_out).items()
+    }
+    _print(tables, None, split=where, prompts=len(held_out), as_json=as_json)
+
+
 @contextlib.contextmanager
 def _learning() -> Iterator[None]:
     """Tell what is missing or wrong in one line."""
     try:
-        yield
-    except ModuleNotFoundError as missing:
-        if missing.name is not None and missing.name.startswith("pointsman"):
-            raise
-        typer.echo("needs the learning extra: pip install 'pointsman[learning]'", err=True)
-        raise typer.Exit(1) from missing
+        with needs_extra():
+            yield
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
@@ -139,7 +178,7 @@ def _as_dict(value: object) -> dict[str, Any]:
 
 def _print(
     tables: "dict[str, list[Judgement]]",
-    lengths: "LengthJudgement",
+    lengths: "LengthJudgement | None",
     *,
     split: str,
     prompts: int,
@@ -154,13 +193,16 @@ def _print(
             "split": split,
             "prompts": prompts,
             "experts": {name: [_as_dict(one) for one in rows] for name, rows in tables.items()},
-            "output_tokens": _as_dict(lengths),
         }
+        if lengths is not None:
+            report["output_tokens"] = _as_dict(lengths)
         typer.echo(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
         return
     console = Console()
     for name, rows in tables.items():
         _print_table(console, _title(name, split), rows)
+    if lengths is None:
+        return
     console.print(
         f"Output length, {lengths.answers} real answers to Natural Questions, five-fold: mean"
         f" absolute error of the logarithm {_interval(lengths.error)}, with the expert's median"

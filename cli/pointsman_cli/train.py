@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pointsman_cli.extras import needs_extra
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -59,7 +61,7 @@ def train(
     ] = None,
 ) -> None:
     """Train HAN-DRL in simulation and export it as an ONNX model."""
-    try:
+    with needs_extra():
         from pointsman_core.manifests import ManifestErrors
         from pointsman_core.workload import WorkloadError
         from pointsman_learning.training.checkpoints import CheckpointError
@@ -68,13 +70,6 @@ def train(
 
         if ray:
             import_module("ray")
-    except ModuleNotFoundError as missing:
-        extra = "ray" if missing.name == "ray" else "learning"
-        typer.echo(
-            f"error: needs the {extra} extra: pip install 'pointsman[{extra}]' ({missing})",
-            err=True,
-        )
-        raise typer.Exit(2) from None
 
     from rich.console import Console
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pointsman_cli.deciders import parse_deciders
+from pointsman_cli.extras import needs_extra
 
 
 def tune(
@@ -21,18 +22,20 @@ def tune(
     output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
 ) -> None:
     """Search parameters for the highest average QoS; prints the result as JSON."""
-    try:
+    with needs_extra():
         from pointsman_core.workload import WorkloadError
         from pointsman_learning.evaluation import tuning
         from pointsman_learning.evaluation.composer import available_workloads
-    except ModuleNotFoundError as missing:
-        typer.echo("needs the learning extra: pip install 'pointsman[learning]'", err=True)
-        raise typer.Exit(1) from missing
 
     known = tuning.spaces()
     wanted = [known[a] for a in parse_deciders(deciders) if a in known]
     if not wanted:
         raise typer.BadParameter(f"{deciders}: has nothing to tune", param_hint="--deciders")
+    # In full, defaults too, so that a later release repeats it.
+    command = (
+        f"pointsman tune --deciders {','.join(space.algorithm for space in wanted)}"
+        f" --windows {windows} --requests {requests} --candidates {candidates} --seed {seed}"
+    )
     effort = tuning.Effort(
         windows=windows, first_windows=min(16, windows), candidates_per_parameter=candidates
     )
@@ -53,7 +56,8 @@ def tune(
                     report=lambda line: typer.echo(line, err=True),
                 )
             )
-            text = json.dumps(tuning.document(found, chosen, effort=effort, seed=seed), indent=2)
+            result = tuning.document(found, chosen, effort=effort, seed=seed, command=command)
+            text = json.dumps(result, indent=2)
             if output is not None:  # after each decider: a long search may be broken off
                 output.write_text(text + "\n")
     except WorkloadError as error:

@@ -11,6 +11,16 @@ request needs as many steps as it has tokens left, however long a step takes.
 3. While prompts that are there are prefilled in chunks, steps last as long as an iteration
    with a chunk.
 
+More load, and a slower board, do not make the forecast better, with four exceptions:
+
+- Where the KV cache is scarce, sequences that run are counted by their mean size. More large
+  ones make fewer run, and the steps of those are shorter.
+- A request that just has no place left waits for an end and is then prefilled alone; one that
+  got the last place shares its steps with all the prefill under way, and may look later.
+- In a full batch, a small new request takes the place of a mean one: that helps the others.
+- Prefill under way that outlasts the new request's wait counts as slower steps twice, so that
+  ``resident_after_s`` may be a trifle better where decoding alone is slower.
+
 Letting the batch drain instead predicted worse at every load that was tried, as did taking
 the later prefill in full: see docs/deciders.md. Arrays are (E,) or (R,), see `Observation`.
 """
@@ -168,27 +178,34 @@ def _starts(seen: Observation, load: _Load, left: FloatArray) -> tuple[FloatArra
     Where requests wait, each start is the lesser of two upper bounds: all the work ahead
     shared by the whole batch, and, for the k-th to wait, the k-th end of those that run.
     """
-    if (load.present + 1.0 <= load.slots).all():
-        return np.zeros_like(load.own), np.zeros_like(left)
-    count = load.own.astype(np.int64)
-    lane = seen.resident_candidate
-    order = np.lexsort((-seen.resident_elapsed_s, lane))
+    own, others = np.zeros_like(load.own), np.zeros_like(left)
+    # Only full endpoints are looked at: the longest queue pads all columns below.
+    full = load.present + 1.0 > load.slots
+    if not full.any():
+        return own, others
+    there = np.flatnonzero(full[seen.resident_candidate])
+    lane = (np.cumsum(full) - 1)[seen.resident_candidate[there]]
+    share, slots = load.share[full], load.slots[full]
+    count = load.own[full].astype(np.int64)
+    order = np.lexsort((-seen.resident_elapsed_s[there], lane))
     place = np.empty_like(order)
     place[order] = np.arange(len(order)) - (np.cumsum(count) - count)[lane[order]]
     # One column per endpoint, the oldest first; the last row is for the new request.
     work = np.zeros((int(count.max(initial=0)) + 1, len(count)))
-    work[place, lane] = left
+    work[place, lane] = left[there]
     number = np.arange(len(work))[:, None]
-    runs = (number < count) & (number * load.share < load.slots)
+    runs = (number < count) & (number * share < slots)
     ends = np.sort(np.where(runs, work, np.inf), axis=0)
     kth = np.clip(number - runs.sum(axis=0), 0, None)
-    ahead = (np.cumsum(work, axis=0) - work) * load.share / load.slots
+    ahead = (np.cumsum(work, axis=0) - work) * share / slots
     soonest = np.minimum(np.take_along_axis(ends, kth, axis=0), ahead)
-    start = np.where(number * load.share < load.slots, 0.0, soonest)
+    start = np.where(number * share < slots, 0.0, soonest)
     # Of foreign requests nothing is known: each that is too many waits for one to end.
-    only_foreign = np.maximum(load.present + 1.0 - load.slots, 0.0) * seen.output_tokens
-    own = np.where(count > 0, start[count, np.arange(len(count))], only_foreign / load.slots)
-    return own, start[place, lane]
+    too_many = np.maximum(load.present[full] + 1.0 - slots, 0.0)
+    only_foreign = too_many * seen.output_tokens[full]
+    own[full] = np.where(count > 0, start[count, np.arange(len(count))], only_foreign / slots)
+    others[there] = start[place, lane]
+    return own, others
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,7 +227,7 @@ class EngineType(StrEnum):
 
 
 class Admission(StrEnum):
-    """What happens to a request that no endpoint can serve within its limit."""
+    """What happens to a request that the chosen endpoint cannot serve within its limit."""
 
     BEST_EFFORT = "BestEffort"
     REJECT = "Reject"
@@ -718,7 +718,7 @@ class RoutingPolicySpec(Resource):
     )
     admission: Admission = Field(
         default=Admission.BEST_EFFORT,
-        description="What happens to a request that no endpoint can serve in time.",
+        description="What happens to a request whose chosen endpoint cannot serve it in time.",
     )
     domains: NamedList[DomainRule] = Field(
         default_factory=list, max_length=32, description="How the domain of a prompt is told."

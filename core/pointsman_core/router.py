@@ -20,7 +20,7 @@ class Rejection(StrEnum):
     """Why no endpoint was chosen."""
 
     NO_READY_ENDPOINT = "no endpoint is ready"
-    OVER_LIMIT = "no endpoint can keep the latency limit"
+    OVER_LIMIT = "the chosen endpoint cannot keep the latency limit"
 
 
 MAX_RETRY_TARGETS = 2
@@ -85,9 +85,9 @@ class Router:
         """Choose an endpoint. Does not change the in-flight table."""
         seen = self.observe(request, now_s=now_s)
         algorithm, scores, failure = self._score(seen)
-        best, order = self._rank(seen, scores)
         in_time, acceptable = self._admission(algorithm, seen, scores)
-        rejection = self._rejection(seen, acceptable)
+        best, order = self._rank(seen, scores, acceptable)
+        rejection = _rejection(best, acceptable)
         chosen = None if rejection or best is None else self.table.candidates[best]
         if rejection or best is None:
             why = str(rejection)
@@ -133,13 +133,21 @@ class Router:
             return self.snapshot.fallback, self._fallback.score(seen), failure
         return self.snapshot.algorithm, scores, None
 
-    def _rank(self, seen: Observation, scores: Scores) -> tuple[int | None, IntArray]:
-        """Best eligible candidate (equals drawn by lot), and all eligible ones in order."""
+    def _rank(
+        self, seen: Observation, scores: Scores, acceptable: BoolArray | None
+    ) -> tuple[int | None, IntArray]:
+        """Best eligible candidate, and all eligible ones in order.
+
+        Equals are drawn by lot, among the acceptable ones if there are any: a full replica
+        must not cost a request that another one of the same score could take.
+        """
         eligible = np.flatnonzero(seen.eligible)
         if not len(eligible):
             return None, eligible
         values = scores.values[eligible]
         ties = eligible[values == values.max()]
+        if acceptable is not None and acceptable[ties].any():
+            ties = ties[acceptable[ties]]
         best = int(ties[0] if len(ties) == 1 else self._rng.choice(ties))
         others = eligible[np.argsort(-values, kind="stable")]
         return best, np.concatenate([[best], others[others != best]])
@@ -162,16 +170,18 @@ class Router:
             in_time = forecast(seen).keeps_limits(seen, margin=margin)
         return in_time, in_time if scores.acceptable is None else scores.acceptable
 
-    def _rejection(self, seen: Observation, acceptable: BoolArray | None) -> Rejection | None:
-        if not seen.eligible.any():
-            return Rejection.NO_READY_ENDPOINT
-        if acceptable is None or (acceptable & seen.eligible).any():
-            return None
-        return Rejection.OVER_LIMIT
-
     def replace_decider(self, decider: Decider) -> None:
         """Swap the algorithm's implementation between two requests."""
         self._decider = decider
+
+
+def _rejection(best: int | None, acceptable: BoolArray | None) -> Rejection | None:
+    """Whether the one chosen may be had; that another one could do better is no excuse."""
+    if best is None:
+        return Rejection.NO_READY_ENDPOINT
+    if acceptable is None or acceptable[best]:
+        return None
+    return Rejection.OVER_LIMIT
 
 
 def _check(scores: Scores, seen: Observation) -> None:

@@ -172,7 +172,7 @@ async def test_requests_over_their_limit_are_rejected_where_the_policy_says_so(s
     assert status == 429
     assert headers["retry-after"] == "1"
     assert document["error"]["message"] == (
-        "Rejected by policy default/auto: no endpoint can keep the latency limit."
+        "Rejected by policy default/auto: the chosen endpoint cannot keep the latency limit."
     )
     assert (await site.metric("pointsman_rejections_total")) == {
         'policy="default/auto",reason="over_limit"': 1

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pointsman_cli.deciders import parse_deciders
+from pointsman_cli.extras import needs_extra
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,14 +90,10 @@ def simulator(
     """The training simulator: its speed on one core, and its equality with the reference."""
     pools = [int(number) for number in _numbers(endpoints, "--endpoints", least=1, most=256)]
     shares = _numbers(loads, "--loads", least=0.01, most=10)
-    try:
+    with needs_extra():
         from pointsman_cli.bench import simulator as bench
         from pointsman_learning.simulator.reference import MismatchError
         from pointsman_learning.simulator.reference import verify as compare
-    except ModuleNotFoundError as missing:
-        hint = "needs the learning extra: pip install 'pointsman[learning]'"
-        typer.echo(f"error: {hint} ({missing})", err=True)
-        raise typer.Exit(1) from None
     from pointsman_cli.bench.progress import counting
 
     compared = None

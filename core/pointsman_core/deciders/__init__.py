@@ -65,13 +65,13 @@ _FACTORIES: Mapping[Algorithm, Callable[[np.random.Generator], Decider]] = {
 
 
 ADMISSION_MARGINS: Mapping[Algorithm, float] = {
-    Algorithm.RANDOM: 2.01,
-    Algorithm.ROUND_ROBIN: 2.01,
-    Algorithm.SHORTEST_QUEUE: 1.55,
-    Algorithm.LEAST_LOAD: 1.91,
-    Algorithm.QUALITY_GREEDY: 1.83,
-    Algorithm.BEST_EXPERT: 2.12,
-    Algorithm.WEIGHTED_SCORE: 1.86,
+    Algorithm.RANDOM: 0.942,
+    Algorithm.ROUND_ROBIN: 1.11,
+    Algorithm.SHORTEST_QUEUE: 0.998,
+    Algorithm.LEAST_LOAD: 0.887,
+    Algorithm.QUALITY_GREEDY: 1.11,
+    Algorithm.BEST_EXPERT: 1.01,
+    Algorithm.WEIGHTED_SCORE: 0.676,
 }
 """Under ``Reject``: what predicted latencies are multiplied by in the common check.
 

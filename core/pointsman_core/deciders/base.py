@@ -17,7 +17,7 @@ class Scores:
     in_time: BoolArray | None = None
     """(E,) whether the limits would be kept; None: the decider does not look at them."""
     acceptable: BoolArray | None = None
-    """(E,) whether the request may be admitted there under ``Reject``.
+    """(E,) whether the request may be admitted there under ``Reject``, should it be chosen.
 
     None: as ``in_time`` says, and where that is None too the common check of the forecast.
     """

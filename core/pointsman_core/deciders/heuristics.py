@@ -10,7 +10,8 @@ from pointsman_core.observation import Observation
 from pointsman_core.state import FloatArray
 
 LATENCY_QUALITY_MARGIN = 1.21
-"""Tuned, see docs/deciders.md."""
+LATENCY_QUALITY_ADMISSION_MARGIN = 1.21
+"""Both tuned, see docs/deciders.md."""
 MOST_LATENCY = 2.0
 """Twice the limit is as bad as it gets, so that quality still counts among late ones."""
 TINY = 1e-9
@@ -92,28 +93,36 @@ class LatencyQualityGreedy:
     per token by it (those late anyway do not count). Where no endpoint can do that, the one
     with the lowest predicted latency per token comes first.
 
-    ``margin`` multiplies predicted latencies before they are compared with limits.
+    ``margin`` multiplies predicted latencies before they are compared with limits for the
+    score, ``admission_margin`` before they are for admission under ``Reject``.
     """
 
-    def __init__(self, margin: float = LATENCY_QUALITY_MARGIN) -> None:
-        if not margin > 0:
-            raise ValueError(f"margin must be positive, got {margin}")
+    def __init__(
+        self,
+        margin: float = LATENCY_QUALITY_MARGIN,
+        admission_margin: float = LATENCY_QUALITY_ADMISSION_MARGIN,
+    ) -> None:
+        for name, value in (("margin", margin), ("admission_margin", admission_margin)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         self.margin = margin
+        self.admission_margin = admission_margin
 
     def score(self, seen: Observation) -> Scores:
         """Score from 1 to 2 where limits are kept, below 1 elsewhere."""
         predicted = forecast(seen)
         in_time = predicted.keeps_limits(seen, margin=self.margin)
+        acceptable = predicted.keeps_limits(seen, margin=self.admission_margin)
         late = 1.0 / (1.0 + predicted.per_token_s / seen.limit_s)
-        return Scores(np.where(in_time, 1.0 + seen.quality, late), in_time)
+        return Scores(np.where(in_time, 1.0 + seen.quality, late), in_time, acceptable)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreWeights:
     """What counts how much; not negative, of any sum, for they are normalised to 1."""
 
-    quality: float = 0.407
-    latency: float = 0.593
+    quality: float = 0.481
+    latency: float = 0.519
     load: float = 0.0
 
     def normalised(self) -> tuple[float, float, float]:

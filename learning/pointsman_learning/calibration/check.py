@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pointsman_core.capacity import endpoint_capacity
 from pointsman_core.resources import (
     Backend,
     LLMExpert,
@@ -91,7 +92,7 @@ def _errors(predicted: FloatArray, measured: FloatArray) -> dict[str, float]:
 
 
 def held_out_load(fields: dict[str, Any], *, requests: int, load: float, seed: int) -> HeldOutLoad:
-    """Draw requests at a share ``load`` of what the fitted engine can serve with full batches.
+    """Draw requests at a share ``load`` of the fitted engine's capacity, as core has it.
 
     ``fields`` are those of `profile_fields`. Raises `CalibrationError` without requests or load.
     """
@@ -103,17 +104,9 @@ def held_out_load(fields: dict[str, Any], *, requests: int, load: float, seed: i
     prompts = _lengths(generator, PROMPT_TOKENS, requests, most=context // 2)
     outputs = _lengths(generator, OUTPUT_TOKENS, requests, most=most)
     cost = cost_model(fields)
-    held = float(prompts.mean() + outputs.mean() / 2)
-    batch = max(1, min(cost.max_sequences, int(cost.kv_capacity_tokens / held)))
-    chunk = min(cost.max_batched_tokens, int(batch * prompts.mean()))
-    decode = cost.iteration_seconds(
-        prefill_tokens=0, decode_sequences=batch, context_tokens=int(batch * held)
+    rate = load * endpoint_capacity(
+        cost, input_tokens=float(prompts.mean()), output_tokens=float(outputs.mean())
     )
-    prefill = cost.iteration_seconds(
-        prefill_tokens=chunk, decode_sequences=0, context_tokens=int(batch * held)
-    )
-    busy = outputs.mean() * decode / batch + prompts.mean() * prefill / chunk
-    rate = load / float(busy)
     arrivals = np.cumsum(generator.exponential(1.0 / rate, requests))
     return HeldOutLoad(arrivals - arrivals[0], prompts, outputs, rate)
 

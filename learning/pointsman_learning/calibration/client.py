@@ -103,6 +103,7 @@ class EngineClient:
 
     def __init__(self, http: httpx.AsyncClient, *, model: str, seed: int = 0) -> None:
         self._http = http
+        self._url = str(http.base_url).rstrip("/")
         self._model = model
         self._random = random.Random(seed)
 
@@ -125,7 +126,7 @@ class EngineClient:
         try:
             response = await self._http.get("/metrics")
         except httpx.HTTPError as error:
-            raise CalibrationError(f"{self._http.base_url}metrics: {_words(error)}") from error
+            raise CalibrationError(f"{self._url}/metrics: {_words(error)}") from error
         page = response.text if response.status_code == httpx.codes.OK else ""
         found = _samples(page)
         capacity = found.get(CACHE)
@@ -161,7 +162,7 @@ class EngineClient:
                 async for line in response.aiter_lines():
                     _take_line(stream, line)
         except httpx.HTTPError as error:
-            raise CalibrationError(f"{self._http.base_url}: {_words(error)}") from error
+            raise CalibrationError(f"{self._url}: {_words(error)}") from error
         _call(stream.watchers)
 
     async def _get(self, path: str) -> httpx.Response:
@@ -169,7 +170,7 @@ class EngineClient:
             response = await self._http.get(path)
             response.raise_for_status()
         except httpx.HTTPError as error:
-            raise CalibrationError(f"{self._http.base_url}: {_words(error)}") from error
+            raise CalibrationError(f"{self._url}: {_words(error)}") from error
         return response
 
 

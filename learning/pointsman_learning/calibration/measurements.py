@@ -125,6 +125,8 @@ def _rows(reader: "csv.DictReader[str]", source: str) -> Iterator[Measurement]:
 
 
 def _number(cell: str | Sequence[str] | None, place: str) -> float:
+    if cell is None:
+        raise CalibrationError(f"{place}: the cell is missing")
     try:
         value = float(cell)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pointsman_learning.calibration.client import Counters, EngineClient, Stream
 from pointsman_learning.calibration.design import (
+    KV_SHARE,
     SHORT_PROMPT,
     WARM_UP,
     Arrival,
@@ -27,9 +28,14 @@ from pointsman_learning.calibration.measurements import (
 ARRIVALS = 12
 """Prompts of one kind that join a batch one after another."""
 BUDGET_TOKENS = 16_384
-"""Prompt tokens of the burst by which the token budget is found."""
+"""Prompt tokens of the burst by which the token budget is found; less where they do not fit."""
+BURST_PROMPT = 2048
+"""Tokens of one of its prompts; more where there are too few places."""
+BURSTS = 3
 FEW_ITERATIONS = 10
-IDLE_ITERATIONS = 5
+TOO_FEW_ITERATIONS = 5
+"""Fewer say little about the budget."""
+MISCOUNT_BURST = 1
 DEFAULT_BUDGET = 512
 DEFAULT_CONTEXT = 4096
 DEFAULT_KV_TOKENS = 65_536
@@ -86,14 +92,19 @@ async def probe(client: EngineClient, options: ProbeOptions, *, note: Note) -> P
     await _warm_up(client)
     budget = options.max_batched_tokens
     context = min(context or DEFAULT_CONTEXT, options.context_tokens or 10**9)
+    kv_tokens = options.kv_capacity_tokens or seen.kv_capacity_tokens or DEFAULT_KV_TOKENS
     if budget is None:
-        budget = await _find_budget(client, context_tokens=context, note=note)
+        budget = await _find_budget(
+            client,
+            context_tokens=context,
+            concurrency=options.concurrency,
+            kv_capacity_tokens=kv_tokens,
+            note=note,
+        )
     limits = EngineLimits(
         context_tokens=context,
         concurrency=options.concurrency,
-        kv_capacity_tokens=options.kv_capacity_tokens
-        or seen.kv_capacity_tokens
-        or DEFAULT_KV_TOKENS,
+        kv_capacity_tokens=kv_tokens,
         max_batched_tokens=budget,
     )
     rows: list[Measurement] = []
@@ -113,42 +124,72 @@ async def _warm_up(client: EngineClient) -> None:
         stream.check()
 
 
-async def _find_budget(client: EngineClient, *, context_tokens: int, note: Note) -> int:
-    """Tokens that the engine computes in one iteration, from a burst of prompts.
+async def _find_budget(
+    client: EngineClient,
+    *,
+    context_tokens: int,
+    concurrency: int,
+    kv_capacity_tokens: int,
+    note: Note,
+) -> int:
+    """Tokens that the engine computes in one iteration, from bursts of prompts.
 
     One sequence decodes meanwhile: vLLM does not count an iteration that yields no token.
+    Iterations without any prompt, while requests are on their way, are known from as many
+    requests of one token. Disturbances only add iterations, so the fewest count.
     """
-    length = min(2048, context_tokens - 1)
-    beside = Load(batch=1, prompt_tokens=SHORT_PROMPT, output_tokens=context_tokens - SHORT_PROMPT)
-    async with _decoding(client, beside) as batch:
-        for size in (BUDGET_TOKENS, 4 * BUDGET_TOKENS):
-            burst = [Stream(length, 1) for _ in range(-(-size // length))]
-
-            async def end(burst: list[Stream] = burst) -> None:
-                await asyncio.gather(*map(client.complete, burst))
-
-            window = await _window(client, batch, end)
-            if not window.counted:
-                note(
-                    "the engine does not count its iterations: the chunks of its streams are"
-                    f" counted, and maxBatchedTokens {DEFAULT_BUDGET} is assumed"
-                )
-                return DEFAULT_BUDGET
-            if window.iterations >= FEW_ITERATIONS:
-                break
-    iterations = int(window.iterations)
-    budget = roundest(len(burst) * length + iterations, iterations)
-    note(f"{len(burst)} prompts of {length} tokens took {iterations} iterations: {budget} each")
+    if concurrency < 2:
+        note(f"with --concurrency 1 maxBatchedTokens is not measured: {DEFAULT_BUDGET} is assumed")
+        return DEFAULT_BUDGET
+    for size in (BUDGET_TOKENS, 4 * BUDGET_TOKENS):
+        tokens = min(size, int(KV_SHARE * kv_capacity_tokens) - SHORT_PROMPT)
+        places = concurrency - 1
+        length = min(max(BURST_PROMPT, -(-tokens // places)), context_tokens - 1, tokens)
+        count = min(places, tokens // length)
+        idle = await _burst(client, count, 1, context_tokens=context_tokens)
+        whole = await _burst(client, count, length, context_tokens=context_tokens)
+        if idle is None or whole is None:
+            note(
+                "the engine does not count its iterations: the chunks of its streams are"
+                f" counted, and maxBatchedTokens {DEFAULT_BUDGET} is assumed"
+            )
+            return DEFAULT_BUDGET
+        iterations = max(whole - idle + 1, 1)
+        if iterations >= FEW_ITERATIONS:
+            break
+    budget = roundest(count * length + iterations, iterations)
+    note(f"{count} prompts of {length} tokens took {iterations} iterations: {budget} each")
+    if iterations < TOO_FEW_ITERATIONS or (budget % 512 and budget.bit_count() > 1):
+        note(f"maxBatchedTokens {budget} is uncertain: give --max-batched-tokens if you know it")
     return budget
+
+
+async def _burst(
+    client: EngineClient, count: int, length: int, *, context_tokens: int
+) -> int | None:
+    """Fewest iterations in which so many prompts were served; None: the engine counts none."""
+    beside = Load(batch=1, prompt_tokens=SHORT_PROMPT, output_tokens=context_tokens - SHORT_PROMPT)
+
+    async def end() -> None:
+        await asyncio.gather(*(client.complete(Stream(length, 1)) for _ in range(count)))
+
+    fewest: list[float] = []
+    for _ in range(BURSTS):
+        async with _decoding(client, beside) as batch:
+            window = await _window(client, batch, end)
+        if not window.counted:
+            return None
+        fewest.append(window.iterations)
+    return int(min(fewest))
 
 
 def roundest(tokens: int, iterations: int) -> int:
     """The budget per iteration that explains a burst: of all the roundest number.
 
-    Some iterations passed before the prompts arrived, and the last one may not be full.
+    The count may be off by `MISCOUNT_BURST`, and the last iteration may not be full.
     """
-    low = -(-tokens // iterations)
-    high = max(low, tokens // max(iterations - IDLE_ITERATIONS, 1))
+    low = -(-tokens // (iterations + MISCOUNT_BURST))
+    high = max(low, tokens // max(iterations - 1 - MISCOUNT_BURST, 1))
     unit = 1
     while -(-low // (2 * unit)) * 2 * unit <= high:
         unit *= 2

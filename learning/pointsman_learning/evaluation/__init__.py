@@ -19,7 +19,7 @@ from pointsman_learning.evaluation.registry import (
     from_decider,
     register,
 )
-from pointsman_learning.evaluation.report import print_report
+from pointsman_learning.evaluation.report import as_markdown, print_report
 from pointsman_learning.evaluation.results import (
     BEST_BASELINE,
     Results,
@@ -50,6 +50,7 @@ __all__ = [
     "Task",
     "Window",
     "as_document",
+    "as_markdown",
     "available_workloads",
     "collect",
     "contenders",

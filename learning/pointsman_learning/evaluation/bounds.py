@@ -24,7 +24,7 @@ from pointsman_core.observation import Observation, RoutingTable, observe
 from pointsman_core.resources import Admission
 from pointsman_core.state import FloatArray
 from pointsman_learning.simulator import ReplayPredictor, Simulation, core_request, simulate
-from pointsman_learning.simulator.scenario import REJECTED, Outcome, Scenario
+from pointsman_learning.simulator.scenario import REJECTED, Outcome, Scenario, qos_of
 
 HORIZON = 60
 """Decisions that are played on after the one in question."""
@@ -89,10 +89,10 @@ class _Rule:
         seen, scores = self.look(simulation, i)
         if not seen.eligible.any():
             return REJECTED
-        acceptable = seen.eligible if scores.acceptable is None else scores.acceptable
-        if self.rejects and not (acceptable & seen.eligible).any():
+        best = int(np.where(seen.eligible, scores.values, -np.inf).argmax())
+        if self.rejects and scores.acceptable is not None and not scores.acceptable[best]:
             return REJECTED
-        return int(np.where(seen.eligible, scores.values, -np.inf).argmax())
+        return best
 
     @property
     def rejects(self) -> bool:
@@ -133,17 +133,14 @@ def _apply(simulation: Simulation, request: int, action: int) -> None:
 
 def _qos(scenario: Scenario, simulation: Simulation, count: int) -> FloatArray:
     """(count,) QoS of the first requests by the quality that the scenario predicts."""
-    rows = np.arange(count)
-    endpoint = simulation.endpoint[:count]
-    served = np.maximum(endpoint, 0)
-    arrival = scenario.arrival_s[:count]
-    latency = (simulation.finish_s[:count] - arrival) / scenario.output_tokens[rows, served]
-    kept = latency <= scenario.limit_s[:count]
-    if scenario.first_token_limit_s is not None:
-        first = simulation.first_token_s[:count] - arrival
-        kept &= first <= scenario.first_token_limit_s[:count]
-    qos: FloatArray = np.where(kept, scenario.predicted_quality[rows, served], 0.0)
-    return qos
+    return qos_of(
+        scenario,
+        np.arange(count),
+        endpoint=simulation.endpoint[:count],
+        first_token_s=simulation.first_token_s[:count],
+        finish_s=simulation.finish_s[:count],
+        quality=scenario.predicted_quality,
+    )
 
 
 BOUNDS: Mapping[str, Callable[[Scenario, int], Outcome]] = {

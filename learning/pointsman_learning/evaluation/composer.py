@@ -1,15 +1,17 @@
 """Makes the scenario of a window from options, in whichever process needs it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pointsman_core.prediction import DeclaredPriors
 from pointsman_core.predictors import Artefact, builtin_artefact, model_key
 from pointsman_core.snapshot import Snapshot
-from pointsman_core.state import FloatArray
+from pointsman_core.state import BoolArray, FloatArray
 from pointsman_core.workload import WorkloadError
 from pointsman_learning.evaluation.plan import Window
 from pointsman_learning.simulator.scenario import Scenario
@@ -22,6 +24,7 @@ from pointsman_learning.workloads import (
     Split,
     default_corpus,
     edge_site,
+    limits_of,
     load_pool,
     make_scenario,
     outages,
@@ -57,6 +60,8 @@ class Composer:
     """A quality table of one's own; all its prompts are asked."""
     arrivals: Path | None = None
     """A trace of one's own."""
+    base_limits_ms: tuple[float, ...] | None = None
+    """Base limits in ms per token; None: those that go with each workload."""
     outages: bool = False
     """Whether an endpoint fails, and another joins, within every window."""
     split: Split = "test"
@@ -68,16 +73,19 @@ class Composer:
             WorkloadError: the parts do not fit together.
 
         """
+        said = self.said()
         return make_scenario(
             pool_snapshot=self.pool(),
             process=self.process(window.workload),
             load=window.load,
-            limits=window.limit,
+            limits=replace(limits_of(window.limit), base_ms=self.base_limits_ms),
             split=self.split,
             requests=self.requests,
             seed=window.seed,
             corpus=self.corpus(),
-            predictor=self.predicted(),
+            predictor=None if said is None else said.quality,
+            predictor_name=self.predictor_note(),
+            predicted_tokens=None if said is None else said.output_tokens,
             mishaps=outages if self.outages else None,
         )
 
@@ -93,12 +101,40 @@ class Composer:
         """Arrivals of that name; raises WorkloadError."""
         return _process(self, workload)
 
-    def predicted(self) -> FloatArray | None:
-        """(P, X) predicted quality of the corpus's prompts; None: declared priors.
+    def said(self) -> "Said | None":
+        """What the predictor says of the corpus's prompts; None: declared priors.
 
-        Raises ArtefactError and OSError for a file that cannot be used.
+        Raises ArtefactError, WorkloadError and OSError for a file that cannot be used.
         """
-        return None if self.predictor == PRIORS else _predicted(self)
+        return None if self.predictor == PRIORS else _said(self)
+
+    def predictor_note(self) -> str:
+        """Predictor's name, and how many of the site's experts it knows."""
+        said = self.said()
+        if said is None:
+            return "declared priors"
+        experts = {c.expert: names_of(c) for c in self.pool().candidates}
+        corpus = self.corpus()
+        learned = sum(bool(said.learned[corpus.column(*names)]) for names in experts.values())
+        rest = "" if learned == len(experts) else ", declared priors for the others"
+        return f"{self.predictor} ({learned} of {len(experts)} experts learned{rest})"
+
+    def setting(self) -> Mapping[str, Any]:
+        """What was run, for the files: everything that a result depends on but the plan."""
+        return {
+            "requests": self.requests,
+            "site": str(self.experts or "examples/edge-site"),
+            "policy": self.pool().full_name,
+            "endpoints": len(self.pool().candidates),
+            "experts": len({c.expert for c in self.pool().candidates}),
+            "predictor": self.predictor_note(),
+            "prompts": len(self.corpus()),
+            "quality_data": self.corpus().source,
+            "arrivals": None if self.arrivals is None else str(self.arrivals),
+            "base_limits_ms": self.base_limits_ms,
+            "outages": self.outages,
+            "split": self.split,
+        }
 
     def disjoint_windows(self, workload: str) -> int | None:
         """How many windows of that workload do not overlap; None: no end of them."""
@@ -157,19 +193,33 @@ def workload_name(arrivals: Path) -> str:
     return arrivals.stem
 
 
+class Said(NamedTuple):
+    """What a predictor says of P prompts and X experts of a corpus."""
+
+    quality: FloatArray
+    """(P, X); of experts that it does not know what they declare, as in service."""
+    output_tokens: FloatArray
+    """(P, X) learned lengths of answers, NaN where none was learned."""
+    learned: BoolArray
+    """(X,) whether it knows the expert."""
+
+
 @lru_cache(maxsize=2)
-def _predicted(composer: Composer) -> FloatArray:
+def _said(composer: Composer) -> Said:
     artefact = load_artefact(composer.predictor)
     corpus, snapshot = composer.corpus(), composer.pool()
-    said = artefact.predict(corpus.prompts).quality
+    answers = artefact.predict(corpus.prompts)
     column = {model_key(name): number for number, name in enumerate(artefact.info.experts)}
-    # Experts that it does not know are judged by what they declare, as in service.
     quality = _declared(corpus, snapshot)
+    tokens = np.full_like(quality, np.nan)
+    learned = np.zeros(len(corpus.experts), np.bool_)
     for x, name in enumerate(corpus.experts):
         known = column.get(model_key(name))
         if known is not None:
-            quality[:, x] = said[:, known]
-    return quality
+            learned[x] = True
+            quality[:, x] = answers.quality[:, known]
+            tokens[:, x] = answers.output_tokens[:, known]
+    return Said(quality, tokens, learned)
 
 
 def _declared(corpus: Corpus, snapshot: Snapshot) -> FloatArray:

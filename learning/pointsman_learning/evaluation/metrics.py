@@ -72,6 +72,18 @@ class Timeline:
     """(B,) sum of their QoS."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompts:
+    """QoS by prompt; the same prompt asked in several windows, or twice in one, is one row."""
+
+    rows: IntArray
+    """(K,) the prompts asked, as rows of the corpus, ascending."""
+    requests: IntArray
+    """(K,) how often each was asked."""
+    qos: FloatArray
+    """(K,) sum of the QoS of its answers."""
+
+
 def measure(outcome: Outcome) -> Metrics:
     """Sum a run up."""
     scenario = outcome.scenario
@@ -124,6 +136,15 @@ def routing(outcome: Outcome) -> Routing:
         requests=np.bincount(cell, minlength=cells).reshape(shape),
         qos=_sums(cell, outcome.qos, cells).reshape(shape),
     )
+
+
+def prompts(outcome: Outcome) -> Prompts | None:
+    """Sum QoS up by prompt; None where the scenario does not tell which was asked."""
+    asked = outcome.scenario.prompt
+    if asked is None:
+        return None
+    rows, number, requests = np.unique(asked, return_inverse=True, return_counts=True)
+    return Prompts(rows, requests, _sums(number, outcome.qos, len(rows)))
 
 
 def timeline(outcome: Outcome, *, bins: int = TIMELINE_BINS) -> Timeline:

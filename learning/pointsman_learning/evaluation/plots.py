@@ -1,7 +1,8 @@
 """The plots: QoS against load, against limits, through a burst, and where requests go."""
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ BOUND_COLOUR = "#888888"
 
 BURST_DECIDERS = 5
 """Lines in the plot of a burst: the best deciders there. More could not be read."""
+NOTE_POINTS = 7.0
+"""Size of the note below a plot."""
 BURST_BINS = 14
 """Stretches of time shown to either side of a burst's peak."""
 
@@ -40,18 +43,31 @@ def draw_all(results: Results, summary: Sequence[Row], folder: Path) -> list[Pat
         "burst": _burst(results.timeline, style),
         "routing": _routing(results.routing),
     }
-    workload, text = next(iter(results.descriptions.items()), ("", ""))
-    note = f"first window of {workload}: {text}" if text else ""
     files = []
     for name, figure in figures.items():
         if figure is None:
             continue
-        if note:
-            figure.supxlabel(note, fontsize=7, color="#555555", wrap=True)
         path = folder / f"{name}.png"
+        _footer(figure, results.descriptions)
         figure.savefig(path, dpi=130)
         files.append(path)
     return files
+
+
+def _footer(figure: "Figure", descriptions: Mapping[str, str]) -> None:
+    """Say below the plots what they are composed of; the figure grows by it."""
+    width, height = figure.get_size_inches()
+    characters = int(width * 72 / (0.55 * NOTE_POINTS))
+    notes = (f"first window of {name}: {text}" for name, text in descriptions.items() if text)
+    lines = [line for note in notes for line in textwrap.wrap(note, characters)]
+    if not lines:
+        return
+    room = (1.3 * len(lines) + 1) * NOTE_POINTS / 72
+    figure.set_size_inches(width, height + room)
+    share = room / (height + room)
+    figure.set_layout_engine("constrained", rect=(0, share, 1, 1 - share))
+    text = "\n".join(lines)
+    figure.text(0.01, 0.9 * share, text, fontsize=NOTE_POINTS, color="#555555", va="top")
 
 
 class Style:

@@ -51,6 +51,30 @@ def print_report(
         console.print(f"{workload}: {text}", style="dim", highlight=False, markup=False)
 
 
+def as_markdown(summary: Sequence[Row], *, descriptions: Mapping[str, str] | None = None) -> str:
+    """Average QoS of all cells and the notes, for a page of documentation."""
+    lines: list[str] = []
+    for (limit, admission), rows in _by_rights(summary):
+        cells = list(dict.fromkeys((row["workload"], row["load"]) for row in rows))
+        known = {(row["decider"], row["workload"], row["load"]): row for row in rows}
+        header = ["decider", *(f"{workload}, {load:g}" for workload, load in cells)]
+        lines += [f"**Average QoS, limits {limit}, {admission}**", "", _line(header)]
+        lines.append(_line(["---", *["---:"] * len(cells)]))
+        first = {row["decider"]: row for row in rows}
+        for name in sorted(first, key=lambda name: first[name]["bound"]):  # stable: bounds last
+            found = [known.get((name, *cell)) for cell in cells]
+            values = ["" if one is None else _mean(one) + _mark(one).rstrip() for one in found]
+            lines.append(_line([name, *values]))
+        lines.append("")
+    lines += [f"- {note}" for note in _notes(summary, detailed=False)]
+    lines += [f"- {workload}: {text}" for workload, text in (descriptions or {}).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def _by_rights(summary: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
     grouped: dict[tuple[str, str], list[Row]] = {}
     for row in summary:
@@ -140,9 +164,18 @@ def _notes(summary: Sequence[Row], *, detailed: bool) -> Iterable[str]:
     windows = [row["windows"] for row in summary]
     fewest, most = min(windows), max(windows)
     counted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    yield (
-        f"{counted} windows each; ± is half the 95 % interval of the mean (bootstrap over windows)."
-    )
+    prompts = [row["prompts"] for row in summary]
+    if fewest >= MIN_WINDOWS:
+        yield (
+            f"{counted} windows each; ± is half the 95 % interval of the mean, over"
+            + (
+                " windows (bootstrap), given these prompts."
+                if None in prompts
+                else f" windows (bootstrap) and {max(prompts):,} prompts."
+            )
+        )
+    else:
+        yield f"{counted} windows each."
     if detailed:
         yield "late: answered late, or failed; rej.: rejected; p50 to p99: latency per token."
     if any(row["reference"] for row in summary):

@@ -1,10 +1,11 @@
 """All runs of an evaluation as tables, their summary, and the files they go to."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -14,7 +15,12 @@ from pointsman_learning.evaluation.metrics import Metrics
 from pointsman_learning.evaluation.plan import Plan
 from pointsman_learning.evaluation.registry import BOUND
 from pointsman_learning.evaluation.runner import Run
-from pointsman_learning.evaluation.statistics import Interval, mean_intervals, paired_differences
+from pointsman_learning.evaluation.statistics import (
+    Interval,
+    mean_intervals,
+    over_prompts,
+    paired_differences,
+)
 
 BEST_BASELINE = "best"
 """As a reference: in each cell the baseline with the highest average QoS there."""
@@ -40,14 +46,20 @@ class Results:
     """Requests and QoS by run, domain and expert; expert is null where rejected."""
     timeline: pl.DataFrame
     """Requests and QoS by run and stretch of time."""
+    prompts: pl.DataFrame
+    """One row per run: lists of the prompts asked, how often, and the sum of their QoS."""
     descriptions: Mapping[str, str]
     """By workload: where the parts of its first window come from."""
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    """What all runs share: predictor, site, requests and so on."""
 
 
-def collect(runs: Iterable[Run], plan: Plan) -> Results:
+def collect(
+    runs: Iterable[Run], plan: Plan, *, setting: Mapping[str, Any] | None = None
+) -> Results:
     """Put runs into tables, in the plan's order whatever the order they came in.
 
-    Raises ValueError when there are none.
+    ``setting`` is what they share, see `Composer.setting`. Raises ValueError when there are none.
     """
 
     def key(run: Run) -> tuple[Any, ...]:
@@ -71,7 +83,9 @@ def collect(runs: Iterable[Run], plan: Plan) -> Results:
         runs=_frame([_labels(run) | asdict(run.metrics) for run in ordered]),
         routing=_frame([row for run in ordered for row in _routing_rows(run)]),
         timeline=_frame([row for run in ordered for row in _timeline_rows(run)]),
+        prompts=_frame([row for run in ordered for row in _prompt_rows(run)]),
         descriptions=descriptions,
+        setting=dict(setting or {}),
     )
 
 
@@ -103,6 +117,15 @@ def _routing_rows(run: Run) -> Iterable[dict[str, Any]]:
         }
 
 
+def _prompt_rows(run: Run) -> Iterable[dict[str, Any]]:
+    if run.prompts is not None:
+        yield _labels(run) | {
+            "prompt": run.prompts.rows.tolist(),
+            "requests": run.prompts.requests.tolist(),
+            "qos": run.prompts.qos.tolist(),
+        }
+
+
 def _timeline_rows(run: Run) -> Iterable[dict[str, Any]]:
     labels, line = _labels(run), run.timeline
     for number, (requests, qos) in enumerate(zip(line.requests, line.qos, strict=True)):
@@ -131,6 +154,7 @@ def summarise(
     reference: str = BEST_BASELINE,
     baselines: Iterable[str] = (),
     disjoint: Mapping[str, int | None] | None = None,
+    prompts: pl.DataFrame | None = None,
 ) -> list[dict[str, Any]]:
     """One row per cell and decider: means over windows, intervals, difference to a reference.
 
@@ -140,19 +164,28 @@ def summarise(
         reference: a decider, or `BEST_BASELINE`.
         baselines: deciders among which the best baseline is chosen; none: all but bounds.
         disjoint: by workload, how many windows do not overlap; None or left out: all.
+        prompts: as in `Results.prompts`; without it intervals are given the prompts asked.
 
     """
     rows: list[dict[str, Any]] = []
-    for cell in runs.partition_by(*CELL, maintain_order=True):
-        rows += _summary_of_cell(cell, reference, frozenset(baselines))
+    known = {} if prompts is None or prompts.is_empty() else _by_cell(prompts)
+    for key, cell in _by_cell(runs).items():
+        rows += _summary_of_cell(cell, known.get(key), reference, frozenset(baselines))
     for row in rows:
         limit = (disjoint or {}).get(row["workload"])
         row["overlapping_windows"] = 0 if limit is None else max(0, row["windows"] - limit)
     return rows
 
 
+def _by_cell(table: pl.DataFrame) -> dict[tuple[Any, ...], pl.DataFrame]:
+    return table.partition_by(*CELL, maintain_order=True, as_dict=True)
+
+
 def _summary_of_cell(
-    cell: pl.DataFrame, reference: str, baselines: frozenset[str]
+    cell: pl.DataFrame,
+    prompts: pl.DataFrame | None,
+    reference: str,
+    baselines: frozenset[str],
 ) -> list[dict[str, Any]]:
     deciders = cell["decider"].unique(maintain_order=True).to_list()
     complete = cell.group_by("seed").len().filter(pl.col("len") == len(deciders))["seed"].to_list()
@@ -161,14 +194,26 @@ def _summary_of_cell(
         return []
     qos = np.array([cell.filter(decider=name)["average_qos"].to_numpy() for name in deciders])
     chosen = _reference(deciders, qos, reference, baselines)
-    means = mean_intervals(qos)
-    gains = None if chosen is None else paired_differences(qos, qos[deciders.index(chosen)])
+    told = None if prompts is None else _qos_by_prompt(prompts, deciders, complete)
+    base = None if chosen is None else deciders.index(chosen)
+    means = _means(qos, told)
+    gains = [_UNKNOWN] * len(deciders) if base is None else _gains(qos, told, base)
     labels = {name: cell[name][0] for name in CELL}
     return [
         labels
-        | {"decider": name, "bound": name.startswith(BOUND), "windows": len(complete)}
-        | _interval("average_qos", means[number])
-        | _difference(None if gains is None else gains[number], name, chosen, means, deciders)
+        | {
+            "decider": name,
+            "bound": name.startswith(BOUND),
+            "windows": len(complete),
+            "prompts": None if told is None else told.asked.shape[1],
+        }
+        | _interval("average_qos", means[number].any_prompts)
+        | _ends("average_qos_given_prompts", means[number].these_prompts)
+        | _difference(
+            _UNKNOWN if number == base else gains[number],
+            reference=chosen,
+            base=math.nan if base is None else float(qos[base].mean()),
+        )
         | _plain_means(cell.filter(decider=name))
         for number, name in enumerate(deciders)
     ]
@@ -189,27 +234,68 @@ def _reference(
     return deciders[max(allowed, key=lambda number: float(qos[number].mean()))]
 
 
+class _ByPrompt(NamedTuple):
+    qos: FloatArray
+    """(R, W, P) sum of the QoS by decider, window and prompt."""
+    asked: FloatArray
+    """(W, P) how often each window asked each prompt."""
+
+
+class _Intervals(NamedTuple):
+    any_prompts: Interval
+    """Over windows and prompts; where prompts are not told, the same as the other."""
+    these_prompts: Interval
+    """Over windows, given the prompts."""
+
+
+_UNKNOWN = _Intervals(*[Interval(math.nan, math.nan, math.nan)] * 2)
+
+
+def _means(qos: FloatArray, told: _ByPrompt | None) -> list[_Intervals]:
+    return _widened(mean_intervals(qos), told)
+
+
+def _gains(qos: FloatArray, told: _ByPrompt | None, base: int) -> list[_Intervals]:
+    if told is not None:
+        told = told._replace(qos=told.qos - told.qos[base])
+    return _widened(paired_differences(qos, qos[base]), told)
+
+
+def _widened(given: list[Interval], told: _ByPrompt | None) -> list[_Intervals]:
+    wide = given if told is None else over_prompts(given, told.qos, told.asked)
+    return [_Intervals(*both) for both in zip(wide, given, strict=True)]
+
+
+def _qos_by_prompt(
+    prompts: pl.DataFrame, deciders: Sequence[str], seeds: Sequence[int]
+) -> _ByPrompt:
+    kept = prompts.filter(pl.col("seed").is_in(seeds))
+    names = np.unique(kept["prompt"].explode().to_numpy())
+    place = {seed: number for number, seed in enumerate(seeds)}
+    qos = np.zeros((len(deciders), len(seeds), len(names)))
+    asked = np.zeros(qos.shape[1:])
+    for row in kept.iter_rows(named=True):
+        window = place[row["seed"]]
+        columns = np.searchsorted(names, row["prompt"])
+        qos[deciders.index(row["decider"]), window, columns] = row["qos"]
+        asked[window, columns] = row["requests"]
+    return _ByPrompt(qos, asked)
+
+
 def _interval(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return {name: interval.mean} | _ends(name, interval)
 
 
-def _difference(
-    gain: Interval | None,
-    name: str,
-    reference: str | None,
-    means: Sequence[Interval],
-    deciders: Sequence[str],
-) -> dict[str, Any]:
-    nothing = Interval(math.nan, math.nan, math.nan)
-    if gain is None or reference is None or name == reference:
-        return {"reference": reference, **_interval("difference", nothing)} | {
-            "difference_percent": math.nan
-        }
-    base = means[deciders.index(reference)].mean
-    percent = 100 * gain.mean / base if base >= RATIO_FLOOR else math.nan
+def _ends(name: str, interval: Interval) -> dict[str, float]:
+    return {f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _difference(gain: _Intervals, *, reference: str | None, base: float) -> dict[str, Any]:
+    percent = 100 * gain.any_prompts.mean / base if base >= RATIO_FLOOR else math.nan
     return {
         "reference": reference,
-        **_interval("difference", gain),
+        **_interval("difference", gain.any_prompts),
+        **_ends("difference_given_prompts", gain.these_prompts),
         "difference_percent": percent,
     }
 
@@ -228,27 +314,37 @@ def _mean(values: FloatArray) -> float:
 
 
 def write_parquet(results: Results, summary: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write ``runs``, ``summary``, ``routing`` and ``timeline`` as Parquet; returns the files."""
+    """Write all tables and the summary as Parquet files, which it returns.
+
+    Each holds the setting and the descriptions as JSON, under ``pointsman`` of its metadata.
+    """
     tables = {
         "runs": results.runs,
         "summary": _frame(summary),
         "routing": results.routing,
         "timeline": results.timeline,
+        "prompts": results.prompts,
     }
+    metadata = {"pointsman": json.dumps(_setting(results))}
     files = []
     for name, table in tables.items():
         path = folder / f"{name}.parquet"
-        table.write_parquet(path)
+        table.write_parquet(path, metadata=metadata)
         files.append(path)
     return files
 
 
 def as_document(results: Results, summary: list[dict[str, Any]]) -> dict[str, Any]:
-    """For JSON: ``runs`` and ``summary``; what is not defined is null."""
+    """For JSON: ``setting``, ``runs`` and ``summary``; what is not defined is null."""
     return {
         "runs": [_without_nan(row) for row in results.runs.iter_rows(named=True)],
         "summary": [_without_nan(row) for row in summary],
+        "setting": _setting(results),
     }
+
+
+def _setting(results: Results) -> dict[str, Any]:
+    return {**results.setting, "composed": dict(results.descriptions)}
 
 
 def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:

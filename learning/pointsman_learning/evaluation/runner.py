@@ -13,9 +13,11 @@ from functools import lru_cache
 
 from pointsman_learning.evaluation.metrics import (
     Metrics,
+    Prompts,
     Routing,
     Timeline,
     measure,
+    prompts,
     routing,
     timeline,
 )
@@ -38,6 +40,7 @@ class Run:
     metrics: Metrics
     routing: Routing
     timeline: Timeline
+    prompts: Prompts | None
     description: str
     """Where the scenario's parts come from."""
     wall_s: float
@@ -56,6 +59,7 @@ def run(task: Task, source: Source) -> Run:
         metrics=measure(outcome),
         routing=routing(outcome),
         timeline=timeline(outcome),
+        prompts=prompts(outcome),
         description=scenario.description,
         wall_s=time.perf_counter() - start,
     )

@@ -8,8 +8,16 @@ The plain percentile bootstrap is too narrow for few windows: by sqrt((n-1)/n), 
 it reads the normal instead of Student's distribution. Both are mended by widening the
 percentiles as in Hesterberg, "What Teachers Should Know About the Bootstrap" (2015), section
 3.3, "expanded percentile interval".
+
+Windows may ask the same prompts: then the prompts' own chance cannot show in how windows
+differ, and intervals over windows hold *given these prompts*. `over_prompts` widens them by
+what the choice of prompts adds, as in two-way clustered standard errors (Cameron, Gelbach and
+Miller, "Robust Inference With Multiway Clustering", 2011): variance by window, plus variance
+by prompt, less that of the cells of both, which is in either.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +27,8 @@ from pointsman_core.state import FloatArray
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+CONFIDENCE_Z = float(special.ndtri(0.5 + CONFIDENCE / 2))
+"""Half the interval's width in standard errors, where there are many."""
 MIN_WINDOWS = 5
 """Below this many windows there are no intervals: resampled means stay within the windows'
 range, and the range of n windows covers the truth in no more than about 1 - 2^(1-n) of cases,
@@ -83,6 +93,42 @@ def paired_differences(
 
     """
     return mean_intervals(values - reference, seed=seed, resamples=resamples)
+
+
+def over_prompts(
+    intervals: Sequence[Interval], qos: FloatArray, requests: FloatArray
+) -> list[Interval]:
+    """Widen intervals over windows so that they hold for other prompts of the same kind too.
+
+    Args:
+        intervals: of R rows, over windows.
+        qos: (R, W, P) sum of what was averaged, by window and prompt.
+        requests: (W, P) how often each prompt was asked; each window equally often in all.
+
+    """
+    prompts = int((requests.sum(axis=0) > 0).sum())
+    if prompts < 2:
+        return list(intervals)
+    extra = CONFIDENCE_Z * np.sqrt([_prompt_variance(row, requests) for row in qos])
+    return [
+        Interval(
+            each.mean,
+            each.mean - math.hypot(each.mean - each.low, more),
+            each.mean + math.hypot(each.high - each.mean, more),
+        )
+        for each, more in zip(intervals, extra.tolist(), strict=True)
+    ]
+
+
+def _prompt_variance(qos: FloatArray, requests: FloatArray) -> float:
+    """Variance of the mean by the choice of prompts, beyond that within windows; at least 0."""
+    total = requests.sum()
+    rest = qos - qos.sum() / total * requests  # (W, P)
+    prompts = np.count_nonzero(requests.sum(axis=0))
+    cells = np.count_nonzero(requests)
+    by_prompt = (rest.sum(axis=0) ** 2).sum() * prompts / (prompts - 1)
+    by_cell = (rest**2).sum() * cells / (cells - 1)
+    return float(max(0.0, by_prompt - by_cell) / total**2)
 
 
 def _weights(windows: int, *, seed: int, resamples: int) -> FloatArray:

@@ -2,8 +2,10 @@
 
 Every decider with something to tune gets the same treatment: random search with successive
 halving on the same windows, then a local search round the best. The score is the mean
-average QoS over workloads, loads, limits and admission rules. Test prompts and the traces'
-test windows are never touched, and quality predictions are out of fold.
+average QoS over sites, workloads, loads, limits and admission rules: half of the windows are
+the edge site's, the others have a random pool each, lest a margin fit one site only. Test
+prompts and the traces' test windows are never touched, and quality predictions are out of
+fold.
 """
 
 import json
@@ -30,20 +32,28 @@ from pointsman_core.deciders import (
 from pointsman_core.latency import forecast
 from pointsman_core.observation import Observation
 from pointsman_core.resources import Admission, Algorithm
+from pointsman_core.snapshot import Snapshot
 from pointsman_core.state import FloatArray
 from pointsman_learning.evaluation.composer import PRIORS, default_predictor
 from pointsman_learning.simulator import simulate
 from pointsman_learning.simulator.scenario import Scenario
 from pointsman_learning.workloads import (
     Corpus,
+    Pool,
     default_corpus,
     edge_site,
     make_scenario,
+    random_pool,
 )
 
 WORKLOADS = ("poisson", "on-off", "azure-conv", "azure-code")
 LOADS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.4)
 LIMITS = ("x1", "x2.5", "x5")
+EDGE_SITE, RANDOM_POOL = SITES = ("edge site", "random pool")
+SMALL_SHARE = 0.15
+"""Of a random pool's endpoints that are models of which no scores are known."""
+POOL = 78
+"""Keeps the draw of a pool apart from those within its scenario."""
 
 Values = Mapping[str, float]
 """Parameters by name."""
@@ -149,8 +159,11 @@ def spaces() -> dict[Algorithm, Space]:
     latency_quality = Space(
         Algorithm.LATENCY_QUALITY_GREEDY,
         _latency_quality,
-        {"margin": MARGIN},
-        {"margin": LatencyQualityGreedy().margin},
+        {"margin": MARGIN, "admission_margin": MARGIN},
+        {
+            "margin": LatencyQualityGreedy().margin,
+            "admission_margin": LatencyQualityGreedy().admission_margin,
+        },
     )
     weighted = Space(
         Algorithm.WEIGHTED_SCORE,
@@ -190,6 +203,8 @@ class TrainingWindow:
     workload: str
     load: float
     limit: str
+    site: str
+    """One of `SITES`."""
     seed: int
     requests: int
 
@@ -197,7 +212,7 @@ class TrainingWindow:
         """Compose it; raises WorkloadError where the data is missing."""
         known = _corpus() if corpus is None else corpus
         return make_scenario(
-            pool_snapshot=edge_site(),
+            pool_snapshot=self._pool(),
             process=self.workload,
             load=self.load,
             limits=self.limit,
@@ -208,19 +223,27 @@ class TrainingWindow:
             predictor=_predicted() if corpus is None else None,
         )
 
+    def _pool(self) -> Snapshot | Pool:
+        if self.site == EDGE_SITE:
+            return edge_site()
+        return random_pool(np.random.default_rng([self.seed, POOL]), small_share=SMALL_SHARE)
+
 
 def training_windows(
     count: int, *, requests: int, seed: int = 0, workloads: Sequence[str] = WORKLOADS
 ) -> tuple[TrainingWindow, ...]:
     """Windows over workloads, loads and limits, in an order that keeps every prefix mixed.
 
-    No two have the same seed, so they differ in prompts too.
+    No two have the same seed, so they differ in prompts too. Sites change after every two
+    windows: admission rules take turns, and each site has to meet both.
     """
     cells = list(product(workloads, LOADS, LIMITS))
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(cells)) for _ in range(-(-count // len(cells)))])
     return tuple(
-        TrainingWindow(workload, load, limit, seed * 100_000 + i, requests)
+        TrainingWindow(
+            workload, load, limit, SITES[i // 2 % len(SITES)], seed * 100_000 + i, requests
+        )
         for i, (workload, load, limit) in enumerate(cells[cell] for cell in order[:count])
     )
 
@@ -384,21 +407,27 @@ def _mean(
 
 
 def document(
-    found: Sequence[Tuned], windows: Sequence[TrainingWindow], *, effort: Effort, seed: int
+    found: Sequence[Tuned],
+    windows: Sequence[TrainingWindow],
+    *,
+    effort: Effort,
+    seed: int,
+    command: str = "",
 ) -> dict[str, object]:
-    """The results with where they come from, as plain data."""
+    """The results with where they come from, as plain data; ``command`` made them."""
+    provenance = {
+        "command": command,
+        "windows": len(windows),
+        "requests_per_window": windows[0].requests,
+        "sites": sorted({window.site for window in windows}),
+        "workloads": sorted({window.workload for window in windows}),
+        "loads": LOADS,
+        "limits": LIMITS,
+        "seed": seed,
+        "effort": asdict(effort),
+        "example": _scenario(windows[0]).description,
+    }
     return {
-        "provenance": {
-            "command": "pointsman tune",
-            "windows": len(windows),
-            "requests_per_window": windows[0].requests,
-            "workloads": sorted({window.workload for window in windows}),
-            "loads": LOADS,
-            "limits": LIMITS,
-            "seed": seed,
-            "effort": asdict(effort),
-            "example": _scenario(windows[0]).description,
-        },
         "deciders": {
             result.algorithm.value: {
                 "parameters": dict(result.values),
@@ -406,6 +435,7 @@ def document(
                 "from": dict(result.start),
                 "from_average_qos": round(result.start_score, 5),
                 "tried": result.tried,
+                "provenance": provenance,
             }
             for result in found
         },

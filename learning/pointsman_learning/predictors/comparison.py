@@ -23,7 +23,13 @@ from pointsman_learning.predictors.judge import (
     task_means,
 )
 from pointsman_learning.predictors.minilm import Encoder, embed
-from pointsman_learning.predictors.training import Kind, leave_task_out, predict_matrix, train
+from pointsman_learning.predictors.training import (
+    Kind,
+    content_key,
+    leave_task_out,
+    predict_matrix,
+    train,
+)
 from pointsman_learning.predictors.training import out_of_fold_answers as answers_out_of_fold
 from pointsman_learning.workloads import Corpus, DataFolder, edge_site
 from pointsman_learning.workloads.corpus import TOKENS_PER_WORD
@@ -140,6 +146,53 @@ def _tfidf_ridge(known: Corpus, held_out: Corpus) -> FloatArray:
     model = Ridge(30.0, solver="sparse_cg").fit(inputs, target)
     said: FloatArray = model.predict(words.transform(held_out.prompts))
     return np.clip(said, 0.0, 1.0)
+
+
+def compare_one(artefact: Artefact, held_out: Corpus) -> dict[str, list[Judgement]]:
+    """Judge a trained predictor on scores of prompts that it was not trained on.
+
+    Only experts that it knows count, and prompts with scores of all of them. "Best single" is
+    the best one of these very prompts: a reference.
+
+    Raises:
+        ValueError: it knows fewer than two of the experts, no prompt has scores of all those,
+            or it was trained on these very prompts.
+        EncoderMissingError: it needs embeddings, and the encoder is not installed.
+
+    """
+    if artefact.info.provenance.get("content") == content_key(held_out):
+        raise ValueError(f"{artefact.source} was trained on {held_out.source}: give other prompts")
+    keys = [model_key(name) for name in artefact.info.experts]
+    pairs = [
+        (x, keys.index(key))
+        for x, key in enumerate(map(model_key, held_out.experts))
+        if key in keys
+    ]
+    if len(pairs) < 2:
+        raise ValueError(
+            f"{artefact.source} knows {len(pairs)} of the experts {', '.join(held_out.experts)}:"
+            " two are needed for a choice"
+        )
+    columns, own = (np.array(side, np.int64) for side in zip(*pairs, strict=True))
+    rows = np.isfinite(held_out.scores[:, columns]).all(axis=1)
+    if not rows.any():
+        raise ValueError(f"{held_out.source}: no prompt has scores of all known experts")
+    actual = held_out.scores[rows][:, columns]
+    prompts = [held_out.prompts[i] for i in np.flatnonzero(rows).tolist()]
+    mean = actual.mean(axis=0)
+    methods = (
+        ("random", np.zeros(actual.shape), False),
+        ("best single", np.tile(mean, (len(actual), 1)), True),
+        (artefact.source, predict_matrix(artefact, prompts, embed)[:, own], True),
+        ("oracle", actual, True),
+    )
+    best = int(mean.argmax())
+    return {
+        f"{len(pairs)} known": [
+            judge(name, said, actual, best_single=best, expects=expects)
+            for name, said, expects in methods
+        ]
+    }
 
 
 def unseen_tasks(corpus: Corpus) -> dict[str, list[Judgement]]:

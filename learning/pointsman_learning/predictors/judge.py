@@ -12,19 +12,11 @@ import numpy as np
 from scipy.stats import rankdata
 
 from pointsman_core.state import FloatArray, IntArray
+from pointsman_learning.evaluation.statistics import Interval, mean_intervals
 
 RESAMPLES: Final = 2000
 CALIBRATION_BINS: Final = 10
 _TIE: Final = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean with the 95 % interval of a bootstrap over prompts."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +74,9 @@ def chosen_score(predicted: FloatArray, scores: FloatArray) -> FloatArray:
     return score
 
 
-def bootstrap(values: FloatArray, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """Mean and percentile interval; the same seed resamples the same prompts."""
-    rng = np.random.default_rng(seed)
-    drawn = np.array(
-        [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    )
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return Interval(float(values.mean()), float(low), float(high))
+def bootstrap(values: FloatArray, *, seed: int = 0) -> Interval:
+    """Mean of (P,) values and its interval over prompts; equal seeds resample the same ones."""
+    return mean_intervals(values[None, :], seed=seed, resamples=RESAMPLES)[0]
 
 
 def calibration_error(predicted: FloatArray, scores: FloatArray) -> float:

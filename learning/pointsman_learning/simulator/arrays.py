@@ -65,7 +65,7 @@ class Arrays:
     running: IntArray
     """(E, S) batches, oldest request first."""
     counts: IntArray
-    """(E, 11)"""
+    """(E, 12)"""
     clocks: FloatArray
     """(E, 8)"""
     readings: FloatArray
@@ -135,11 +135,15 @@ class Arrays:
         )
 
     def submit(self, request: int, endpoint: int, now_s: float) -> None:
-        """Put a request in an endpoint's queue; nothing where its KV cache is too small."""
+        """Put a request in an endpoint's queue.
+
+        It is lost where the endpoint has failed or its KV cache is too small.
+        """
         self.endpoint[request] = endpoint
         output = int(self.facts.output_tokens[request, endpoint])
         capacity = int(self.counts[endpoint, engine.TOTAL_BLOCKS]) * BLOCK_TOKENS
-        if int(self.requests[request, engine.PROMPT]) + output <= capacity:
+        failed = self.counts[endpoint, engine.STATUS] == engine.FAILED
+        if not failed and int(self.requests[request, engine.PROMPT]) + output <= capacity:
             engine.submit(self.requests, self.counts, self.clocks, request, endpoint, output, now_s)
 
     def fail(self, endpoint: int, now_s: float) -> None:
@@ -163,7 +167,7 @@ class Arrays:
 
 
 def _endpoints(scenario: Scenario) -> tuple[IntArray, FloatArray]:
-    """Idle endpoints: counts (E, 11) and clocks (E, 8)."""
+    """Idle endpoints: counts (E, 12) and clocks (E, 8)."""
     counts = np.zeros((scenario.endpoints, engine.COUNT_COLUMNS), np.int64)
     clocks = np.zeros((scenario.endpoints, engine.CLOCK_COLUMNS))
     for e, cost in enumerate(cost_models(scenario)):
@@ -177,5 +181,6 @@ def _endpoints(scenario: Scenario) -> tuple[IntArray, FloatArray]:
         clocks[e, engine.CONTEXT] = cost.context_s_per_token
     counts[:, [engine.HEAD, engine.TAIL]] = engine.NOBODY
     counts[:, engine.STATUS] = engine.READY
+    counts[:, engine.LISTED] = 1
     clocks[:, [engine.START, engine.END]] = np.inf
     return counts, clocks

@@ -67,6 +67,7 @@ def _check_shapes(scenario: Scenario) -> None:
         "limit_s": (n,),
         "first_token_limit_s": (n,),
         "domain": (n,),
+        "prompt": (n,),
         "score": (n, e),
         "output_tokens": (n, e),
         "predicted_quality": (n, e),
@@ -134,6 +135,8 @@ def _check_mishaps(scenario: Scenario) -> None:
         if change.change not in list(Change):
             raise ScenarioError(f"availability[{index}] has the unknown change {change.change}")
         before = change.time_s
+    if not (np.isfinite(scenario.detection_s) and scenario.detection_s >= 0):
+        raise ScenarioError(f"detection_s must be at least 0 (got {scenario.detection_s})")
     gauges = scenario.gauges
     if not (np.isfinite(gauges.period_s) and gauges.period_s > 0):
         raise ScenarioError(f"gauges.period_s must be above 0 (got {gauges.period_s})")

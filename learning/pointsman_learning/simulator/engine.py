@@ -33,7 +33,7 @@ PROMPT, OUTPUT, COMPUTED, GENERATED, BLOCKS, CHUNK, NEXT, PREEMPTIONS = range(8)
 REQUEST_COLUMNS = 8
 # Columns of ``times`` (N, 2), seconds; inf where it has not happened.
 FIRST_TOKEN, FINISH = range(2)
-# Columns of ``counts`` (E, 11).
+# Columns of ``counts`` (E, 12).
 (
     RUNNING,
     WAITING,
@@ -46,8 +46,9 @@ FIRST_TOKEN, FINISH = range(2)
     ITERATIONS,
     READINGS,  # gauge readings taken so far
     STATUS,
-) = range(11)
-COUNT_COLUMNS = 11
+    LISTED,  # 1: the router takes it for ready
+) = range(12)
+COUNT_COLUMNS = 12
 # Columns of ``clocks`` (E, 8), seconds.
 (
     START,  # when the iteration in progress began or the next begins; inf: idle

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from pointsman_core.observation import CostColumns, Observation, RoutingTable, observe
 from pointsman_core.resources import Admission
-from pointsman_core.state import FloatArray, IntArray
+from pointsman_core.state import IntArray
 from pointsman_learning.simulator.run import ReplayPredictor, core_request
-from pointsman_learning.simulator.scenario import Outcome, Scenario
+from pointsman_learning.simulator.scenario import REJECTED, Outcome, Scenario, qos_of
 from pointsman_learning.simulator.simulation import Simulation
 
 REQUEST_FEATURES = ("prompt_tokens", "waited_s", "limit_s", "first_token_limit_s")
@@ -49,20 +49,14 @@ def realised_qos(simulation: Simulation, finished: IntArray, decided: int) -> fl
 
     Summed over an episode it is the scenario's total QoS.
     """
-    return float(qos_of(simulation, finished).sum())
-
-
-def qos_of(simulation: Simulation, requests: IntArray) -> FloatArray:
-    """(len(requests),) actual quality of finished requests where in time, else 0."""
-    scenario = simulation.scenario
-    endpoint = simulation.endpoint[requests]
-    arrival = scenario.arrival_s[requests]
-    taken = simulation.finish_s[requests] - arrival
-    kept = taken / scenario.output_tokens[requests, endpoint] <= scenario.limit_s[requests]
-    if scenario.first_token_limit_s is not None:
-        waited = simulation.first_token_s[requests] - arrival
-        kept &= waited <= scenario.first_token_limit_s[requests]
-    return np.where(kept, scenario.score[requests, endpoint], 0.0)
+    qos = qos_of(
+        simulation.scenario,
+        finished,
+        endpoint=simulation.endpoint[finished],
+        first_token_s=simulation.first_token_s[finished],
+        finish_s=simulation.finish_s[finished],
+    )
+    return float(qos.sum())
 
 
 class RoutingEnv(gymnasium.Env[Padded, np.int64]):
@@ -78,8 +72,13 @@ class RoutingEnv(gymnasium.Env[Padded, np.int64]):
     - ``resident_endpoint`` (in_flight,): -1 behind the last one
     - ``action_mask`` (actions,): 1 where the action is valid
 
-    Actions are endpoints, and behind them rejection if ``may_reject``. An invalid action
-    (no such endpoint, or one that core calls ineligible) turns the request away.
+    Actions are endpoints, and behind them rejection if ``may_reject``. An action is invalid
+    where there is no such endpoint or core calls it ineligible. It turns the request away if
+    ``may_reject``; else, as best effort rejects nothing, the next eligible endpoint takes it
+    (by number, the first one after the last). Where no endpoint is eligible, and the mask all
+    zeros, every action turns the request away, as core's router does.
+
+    ``info["endpoint"]`` of a step is where the request went, or `REJECTED`.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012  (as gymnasium has it)
@@ -163,12 +162,11 @@ class RoutingEnv(gymnasium.Env[Padded, np.int64]):
         if self.outcome is not None:
             raise RuntimeError("the episode is over: call reset()")
         decided, simulation = self._request, self.simulation
-        chosen = int(action)
-        eligible = self.observed.eligible
-        if 0 <= chosen < len(eligible) and eligible[chosen]:
-            simulation.submit(decided, chosen)
-        else:
+        endpoint = self._endpoint_of(int(action))
+        if endpoint == REJECTED:
             simulation.reject(decided)
+        else:
+            simulation.submit(decided, endpoint)
         self._request += 1
         over = self._request == len(simulation.scenario)
         if over:
@@ -179,7 +177,16 @@ class RoutingEnv(gymnasium.Env[Padded, np.int64]):
         finished = simulation.finished[self._counted :]
         self._counted += len(finished)
         reward = self._reward(simulation, finished, decided)
-        return seen, reward, over, False, {"request": self._request}
+        return seen, reward, over, False, {"request": self._request, "endpoint": endpoint}
+
+    def _endpoint_of(self, action: int) -> int:
+        """Where an action sends the request at hand."""
+        eligible = np.flatnonzero(self.observed.eligible)
+        if action in eligible:
+            return action
+        if self._may_reject or not len(eligible):
+            return REJECTED
+        return int(eligible[np.searchsorted(eligible, action) % len(eligible)])
 
     def _look(self) -> Padded:
         scenario, simulation = self.simulation.scenario, self.simulation

@@ -35,7 +35,7 @@ from pointsman_learning.simulator.scenario import (
 from pointsman_learning.simulator.simulation import Simulation
 
 Choose = Callable[[int, list[int]], int]
-"""The endpoint for a request, given the ready ones; or `REJECTED`."""
+"""The endpoint for a request, given those that seem ready; or `REJECTED`."""
 
 
 class _Event(IntEnum):
@@ -44,15 +44,17 @@ class _Event(IntEnum):
     END = 0
     READ_GAUGES = 1
     CHANGE = 2
-    ARRIVE = 3
-    BEGIN = 4
+    NOTICE = 3
+    ARRIVE = 4
+    BEGIN = 5
 
 
 @dataclass(slots=True)
 class _Endpoint:
     cost: CostModel
     batcher: Batcher
-    ready: bool = True
+    listed: bool = True
+    """Whether the router takes it for ready."""
     failed: bool = False
     life: int = 0
     """Number of failures so far: events of an earlier life do not happen."""
@@ -97,6 +99,7 @@ class Reference:
         """Let everything happen."""
         for index, change in enumerate(self.scenario.availability):
             self._push(change.time_s, _Event.CHANGE, index)
+            self._push(change.time_s + self.scenario.detection_s, _Event.NOTICE, index)
         for i, arrival in enumerate(self.scenario.arrival_s.tolist()):
             self._push(arrival, _Event.ARRIVE, i)
         self._push(-self.scenario.gauges.lag_s, _Event.READ_GAUGES, 0)
@@ -114,6 +117,9 @@ class Reference:
             self._read_gauges(what)
         elif event is _Event.CHANGE:
             self._change(now, self.scenario.availability[what])
+        elif event is _Event.NOTICE:
+            change = self.scenario.availability[what]
+            self.endpoints[change.endpoint].listed = change.change is Change.JOIN
         elif event is _Event.ARRIVE:
             self._arrive(now, what)
         elif life == self.endpoints[what].life:
@@ -160,10 +166,8 @@ class Reference:
     def _change(self, now: float, change: Availability) -> None:
         endpoint = self.endpoints[change.endpoint]
         if change.change is Change.JOIN:
-            endpoint.ready, endpoint.failed = True, False
-            return
-        endpoint.ready = False
-        if change.change is Change.FAIL:
+            endpoint.failed = False
+        elif change.change is Change.FAIL:
             endpoint.failed = True
             if endpoint.began_s is not None:
                 endpoint.busy_s += now - endpoint.began_s
@@ -180,9 +184,9 @@ class Reference:
     def _arrive(self, now: float, i: int) -> None:
         tokens = {j: (e, len(self.token_times[j])) for j, e in self.in_flight.items()}
         self.seen.append(Seen(tokens, self._kv_usage(now)))
-        e = self._choose(i, [e for e, endpoint in enumerate(self.endpoints) if endpoint.ready])
+        e = self._choose(i, [e for e, endpoint in enumerate(self.endpoints) if endpoint.listed])
         self.endpoint[i] = e
-        if e == REJECTED:
+        if e == REJECTED or self.endpoints[e].failed:
             return
         self.endpoints[e].batcher.submit(
             str(i),
@@ -243,7 +247,6 @@ def random_case(rng: np.random.Generator) -> Scenario:
     output = 1 + (rng.random((n, e)) ** 2 * room).astype(np.int64)
     output = np.minimum(output, room)
     arrival = _arrivals(rng, n, dyadic=dyadic)
-    horizon = float(arrival[-1]) + 0.5
     return Scenario(
         snapshot=snapshot,
         arrival_s=arrival,
@@ -253,7 +256,8 @@ def random_case(rng: np.random.Generator) -> Scenario:
         output_tokens=output,
         predicted_quality=rng.random((n, e)),
         predicted_output_tokens=rng.uniform(1.0, 100.0, (n, e)),
-        availability=tuple(_mishaps(rng, e, horizon, dyadic=dyadic)),
+        availability=tuple(_mishaps(rng, e, arrival, dyadic=dyadic)),
+        detection_s=float(rng.choice([0.0, 0.125] if dyadic else [0.0, 0.1, 0.37])),
         gauges=_gauges(rng, e, dyadic=dyadic),
         description="a random case",
     )
@@ -323,12 +327,14 @@ def _arrivals(rng: np.random.Generator, n: int, *, dyadic: bool) -> FloatArray:
 
 
 def _mishaps(
-    rng: np.random.Generator, endpoints: int, horizon: float, *, dyadic: bool
+    rng: np.random.Generator, endpoints: int, arrival: FloatArray, *, dyadic: bool
 ) -> Iterator[Availability]:
     count = int(rng.choice([0, 0, 0, 4]))
-    times = np.sort(rng.uniform(0.0, horizon, count))
+    times = rng.uniform(0.0, arrival[-1] + 0.5, count)
     if dyadic:
         times = np.round(times * 2**8) / 2**8
+        times[::2] = rng.choice(arrival, len(times[::2]))
+    times.sort()
     for time_s in times.tolist():
         yield Availability(time_s, int(rng.integers(endpoints)), Change(int(rng.integers(3))))
 

@@ -3,7 +3,7 @@
 Shapes: N requests in order of arrival, E endpoints (the snapshot's candidates, in its order).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
@@ -30,6 +30,17 @@ class Availability:
     time_s: float
     endpoint: int
     change: Change
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A change happens to an endpoint, or the router learns of it."""
+
+    time_s: float
+    endpoint: int
+    change: Change
+    noticed: bool
+    """False: it happens; True: the router learns of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +79,13 @@ class Scenario:
     domain: IntArray | None = None
     """(N,) number of the prompt's domain in ``domains``, for reports only."""
     domains: tuple[str, ...] = ()
+    prompt: IntArray | None = None
+    """(N,) row of the corpus that each request asks, for reports only: repeats share it."""
     availability: tuple[Availability, ...] = ()
     """In order of time."""
+    detection_s: float = 0.1
+    """Time after which the router learns of a change of availability; ours. What it sends to a
+    failed endpoint until then is lost; one that leaves still serves it."""
     gauges: Gauges = field(default_factory=Gauges)
     seed: int = 0
     description: str = ""
@@ -83,9 +99,72 @@ class Scenario:
         """E."""
         return len(self.snapshot.candidates)
 
+    def events(self) -> tuple[Event, ...]:
+        """Changes and when they are noticed, in order of time; of one moment, changes first."""
+        happen = [Event(c.time_s, c.endpoint, c.change, noticed=False) for c in self.availability]
+        noticed = [replace(e, time_s=e.time_s + self.detection_s, noticed=True) for e in happen]
+        return tuple(sorted((*happen, *noticed), key=lambda event: (event.time_s, event.noticed)))
+
 
 REJECTED = -1
 """In `Outcome.endpoint`: no endpoint was chosen."""
+
+
+def latency_per_token(
+    scenario: Scenario, requests: IntArray, *, endpoint: IntArray, finish_s: FloatArray
+) -> FloatArray:
+    """(R,) time from arrival to last token over output tokens; inf when there was none.
+
+    Args:
+        scenario: what was run.
+        requests: (R,) numbers of its requests.
+        endpoint: (R,) where they were served, or `REJECTED`.
+        finish_s: (R,) time of the last token; inf where there was none.
+
+    """
+    tokens = scenario.output_tokens[requests, np.maximum(endpoint, 0)]
+    latency: FloatArray = (finish_s - scenario.arrival_s[requests]) / tokens
+    return latency
+
+
+def in_time(
+    scenario: Scenario,
+    requests: IntArray,
+    *,
+    endpoint: IntArray,
+    first_token_s: FloatArray,
+    finish_s: FloatArray,
+) -> BoolArray:
+    """(R,) served within all limits; arguments as of `latency_per_token`."""
+    # Without a limit (inf) a request still has to be served.
+    kept: BoolArray = np.isfinite(finish_s)
+    latency = latency_per_token(scenario, requests, endpoint=endpoint, finish_s=finish_s)
+    kept &= latency <= scenario.limit_s[requests]
+    if scenario.first_token_limit_s is not None:
+        waited = first_token_s - scenario.arrival_s[requests]
+        kept &= waited <= scenario.first_token_limit_s[requests]
+    return kept
+
+
+def qos_of(
+    scenario: Scenario,
+    requests: IntArray,
+    *,
+    endpoint: IntArray,
+    first_token_s: FloatArray,
+    finish_s: FloatArray,
+    quality: FloatArray | None = None,
+) -> FloatArray:
+    """(R,) quality of the answers that were in time, else 0: the one rule of QoS.
+
+    ``quality`` is (N, E), by default the scenario's actual ``score``; other arguments as of
+    `latency_per_token`.
+    """
+    kept = in_time(
+        scenario, requests, endpoint=endpoint, first_token_s=first_token_s, finish_s=finish_s
+    )
+    table = scenario.score if quality is None else quality
+    return np.where(kept, table[requests, np.maximum(endpoint, 0)], 0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,25 +186,32 @@ class Outcome:
     @property
     def latency_per_token_s(self) -> FloatArray:
         """(N,) time from arrival to last token over output tokens; inf when there was none."""
-        rows = np.arange(len(self.endpoint))
-        tokens = self.scenario.output_tokens[rows, np.maximum(self.endpoint, 0)]
-        latency: FloatArray = (self.finish_s - self.scenario.arrival_s) / tokens
-        return latency
+        return latency_per_token(
+            self.scenario, self._requests, endpoint=self.endpoint, finish_s=self.finish_s
+        )
 
     @property
     def in_time(self) -> BoolArray:
         """(N,) served within all limits."""
-        # Without a limit (inf) a request still has to be served.
-        kept: BoolArray = np.isfinite(self.finish_s)
-        kept &= self.latency_per_token_s <= self.scenario.limit_s
-        if self.scenario.first_token_limit_s is not None:
-            waited = self.first_token_s - self.scenario.arrival_s
-            kept &= waited <= self.scenario.first_token_limit_s
-        return kept
+        return in_time(
+            self.scenario,
+            self._requests,
+            endpoint=self.endpoint,
+            first_token_s=self.first_token_s,
+            finish_s=self.finish_s,
+        )
 
     @property
     def qos(self) -> FloatArray:
         """(N,) actual quality where in time, else 0."""
-        rows = np.arange(len(self.endpoint))
-        quality = self.scenario.score[rows, np.maximum(self.endpoint, 0)]
-        return np.where(self.in_time, quality, 0.0)
+        return qos_of(
+            self.scenario,
+            self._requests,
+            endpoint=self.endpoint,
+            first_token_s=self.first_token_s,
+            finish_s=self.finish_s,
+        )
+
+    @property
+    def _requests(self) -> IntArray:
+        return np.arange(len(self.endpoint))

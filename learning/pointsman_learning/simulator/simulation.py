@@ -14,7 +14,7 @@ from pointsman_core.state import (
 from pointsman_learning.simulator import engine
 from pointsman_learning.simulator.arrays import UNDECIDED, Arrays
 from pointsman_learning.simulator.checks import check
-from pointsman_learning.simulator.scenario import REJECTED, Change, Outcome, Scenario
+from pointsman_learning.simulator.scenario import REJECTED, Change, Event, Outcome, Scenario
 
 _STATUS = {
     Change.FAIL: engine.FAILED,
@@ -45,7 +45,8 @@ class Simulation:
         self._arrival: list[float] = scenario.arrival_s.tolist()
         self._arrays = Arrays.of(scenario, trace=trace)
         self._trace = trace
-        self._changes = 0  # of the scenario's availability that have happened
+        self._events = scenario.events()
+        self._happened = 0  # so many of them
         rows = {c.address: i for i, c in enumerate(scenario.snapshot.candidates)}
         self.state = SimulatedState(scenario, self._arrays, rows)
         """What a router would know now."""
@@ -61,12 +62,12 @@ class Simulation:
         """
         if not until_s >= self.now_s:
             raise ValueError(f"it is {self.now_s} s already, time cannot go back to {until_s} s")
-        changes = self.scenario.availability
-        while self._changes < len(changes) and changes[self._changes].time_s <= until_s:
-            change = changes[self._changes]
-            self._run(float(change.time_s))
-            self._change(change.endpoint, change.change)
-            self._changes += 1
+        events = self._events
+        while self._happened < len(events) and events[self._happened].time_s <= until_s:
+            event = events[self._happened]
+            self._run(float(event.time_s))
+            self._happen(event)
+            self._happened += 1
         self._run(float(until_s))
 
     def _run(self, until_s: float) -> None:
@@ -78,8 +79,11 @@ class Simulation:
         self.now_s = until_s
         self.state.forget()
 
-    def _change(self, endpoint: int, change: Change) -> None:
-        counts = self._arrays.counts
+    def _happen(self, event: Event) -> None:
+        endpoint, change, counts = event.endpoint, event.change, self._arrays.counts
+        if event.noticed:
+            counts[endpoint, engine.LISTED] = change is Change.JOIN
+            return
         if change is Change.FAIL:
             self._arrays.fail(endpoint, self.now_s)
         if change is not Change.LEAVE or counts[endpoint, engine.STATUS] != engine.FAILED:
@@ -90,18 +94,19 @@ class Simulation:
     def submit(self, request: int, endpoint: int) -> None:
         """Send a request, which arrives now, to an endpoint.
 
-        One that the endpoint's KV cache could never hold is refused by it, and so lost.
+        One that the endpoint's KV cache could never hold is refused by it, and so lost; so is
+        one for an endpoint that has failed, which the router does not know yet.
 
         Raises:
             ValueError: the request was decided already or does not arrive now, or the
-                endpoint does not exist or is not ready.
+                endpoint does not exist or is not ready, as far as the router knows.
 
         """
         self._expect(request)
         counts = self._arrays.counts
         if not 0 <= endpoint < len(counts):
             raise ValueError(f"there is no endpoint {endpoint} among {len(counts)}")
-        if counts[endpoint, engine.STATUS] != engine.READY:
+        if not counts[endpoint, engine.LISTED]:
             raise ValueError(f"endpoint {endpoint} is not ready")
         self._arrays.submit(int(request), int(endpoint), self.now_s)
         self.state.forget()
@@ -271,8 +276,8 @@ class SimulatedState:
         return self._row_of[address]
 
     def ready(self) -> BoolArray:
-        """(E,) endpoints that may be chosen."""
-        ready: BoolArray = self._arrays.counts[:, engine.STATUS] == engine.READY
+        """(E,) endpoints that may be chosen, as far as the router knows."""
+        ready: BoolArray = self._arrays.counts[:, engine.LISTED] == 1
         return ready
 
     def foreign(self, *, now_s: float) -> FloatArray:  # noqa: ARG002

@@ -14,7 +14,7 @@ Shapes: G worlds, L lanes, M slots, E endpoints of the largest world, R requests
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 import numpy as np
@@ -24,9 +24,10 @@ from pointsman_core.deciders import Decider
 from pointsman_core.observation import CostColumns, Observation
 from pointsman_core.resources import Admission
 from pointsman_core.state import GAUGES_STALE_AFTER_S, BoolArray, FloatArray, IntArray
-from pointsman_learning.simulator import REJECTED, Availability, Change, Scenario, engine
+from pointsman_learning.simulator import REJECTED, Change, Scenario, engine
 from pointsman_learning.simulator.arrays import Arrays
 from pointsman_learning.simulator.engine import kernel
+from pointsman_learning.simulator.scenario import Event
 
 ARRIVAL, PROMPT_TOKENS, LIMIT = range(3)
 """Columns of ``known``."""
@@ -39,6 +40,12 @@ class World:
     scenario: Scenario
     number: int = 0
     """Which scenario it is, for whoever made it."""
+    events: tuple[Event, ...] = field(init=False)
+    """The scenario's."""
+
+    def __post_init__(self) -> None:
+        """Sort the events once for all branches."""
+        object.__setattr__(self, "events", self.scenario.events())
 
     @property
     def may_reject(self) -> bool:
@@ -210,16 +217,17 @@ class Lockstep:
         self._collect()
 
     def _change_time(self, world: int) -> float:
-        changes = self.worlds[world].scenario.availability
-        at = self.changes_seen[world]
-        return changes[at].time_s if at < len(changes) else np.inf
+        events, at = self.worlds[world].events, self.changes_seen[world]
+        return events[at].time_s if at < len(events) else np.inf
 
     def _change(self, world: int) -> None:
-        """The next change of availability, as in `Simulation`."""
-        change: Availability = self.worlds[world].scenario.availability[self.changes_seen[world]]
-        lane = int(self.first_lane[world]) + change.endpoint
+        """The next change of availability, or notice of one, as in `Simulation`."""
+        event = self.worlds[world].events[self.changes_seen[world]]
+        lane = int(self.first_lane[world]) + event.endpoint
         lanes, status = self.lanes, engine.STATUS
-        if change.change is Change.FAIL:
+        if event.noticed:
+            lanes.counts[lane, engine.LISTED] = event.change is Change.JOIN
+        elif event.change is Change.FAIL:
             engine.fail(
                 self.slots.requests,
                 lanes.running,
@@ -229,7 +237,7 @@ class Lockstep:
                 float(self.now_s[world]),
             )
             lanes.counts[lane, status] = engine.FAILED
-        elif change.change is Change.JOIN:
+        elif event.change is Change.JOIN:
             lanes.counts[lane, status] = engine.READY
         elif lanes.counts[lane, status] != engine.FAILED:
             lanes.counts[lane, status] = engine.DRAINING
@@ -297,7 +305,7 @@ class Lockstep:
 
     def _eligible(self, needed: FloatArray) -> BoolArray:
         """(L,) ready endpoints whose context holds the request; else the roomiest ready ones."""
-        ready = self.lanes.counts[:, engine.STATUS] == engine.READY
+        ready = self.lanes.counts[:, engine.LISTED] == 1
         limit = self.lanes.context_limit
         fits: BoolArray = ready & (limit >= needed)
         some = np.logical_or.reduceat(fits, self.first_lane)
@@ -375,8 +383,8 @@ class Lockstep:
         chosen = best.argmax(axis=1)
         none = np.isneginf(best.max(axis=1))
         if acceptable is not None:
-            good = np.logical_or.reduceat(acceptable & seen.eligible, self.first_lane)
-            none |= self._rejects & ~good
+            good = self.padded(acceptable, fill=False)[np.arange(len(self)), chosen]
+            none |= self._rejects & ~good.astype(np.bool_)
         choices: IntArray = np.where(none, REJECTED, chosen)
         return choices
 
@@ -389,6 +397,7 @@ class Lockstep:
         output = slots.output[slot, chosen[served]]
         capacity = lanes.counts[lane, engine.TOTAL_BLOCKS] * BLOCK_TOKENS
         fits = slots.requests[slot, engine.PROMPT] + output <= capacity
+        fits &= lanes.counts[lane, engine.STATUS] != engine.FAILED
         submit_all(
             slots.requests,
             lanes.counts,

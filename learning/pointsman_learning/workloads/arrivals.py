@@ -45,6 +45,7 @@ PARTS: dict[Split, tuple[float, float]] = {
 
 DRAWN_SIZES = 16_384
 """Pairs of synthetic sizes, where no trace is at hand."""
+_TRAIN: Split = "train"
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -118,6 +119,8 @@ class ArrivalProcess:
     trace: Arrivals | None = None
     """The split's part of the trace."""
     on_off: OnOff | None = None
+    known_sizes: Sizes | None = None
+    """What a predictor of lengths may know: the training part's. None: ``sizes`` themselves."""
 
     def disjoint_windows(self, requests: int) -> int | None:
         """How many windows of that many requests do not overlap; None: no end of them."""
@@ -236,13 +239,16 @@ def arrival_process(
     if name in TRACES:
         return _trace_process(str(name), split, str((found or DataFolder.require()).path))
     here = found is not None and found.has(TRACES["azure-conv"])
-    sizes = (
-        _trace_process("azure-conv", split, str(found.path)).sizes
-        if found is not None and here
-        else _synthetic_sizes(split)
-    )
+
+    def sizes(part: Split) -> Sizes:
+        if found is not None and here:
+            return _trace_process("azure-conv", part, str(found.path)).sizes
+        return _synthetic_sizes(part)
+
     modulation = (on_off or OnOff()) if name == Process.ON_OFF else None
-    return ArrivalProcess(str(name), split, sizes, on_off=modulation)
+    return ArrivalProcess(
+        str(name), split, sizes(split), on_off=modulation, known_sizes=sizes(_TRAIN)
+    )
 
 
 @lru_cache(maxsize=32)
@@ -257,8 +263,12 @@ def _trace(name: str, path: str) -> Arrivals:
 
 def _process_of(whole: Arrivals, *, name: str, split: Split) -> ArrivalProcess:
     part = trace_part(whole, split)
-    sizes = Sizes(part.input_tokens, np.maximum(part.output_tokens, 1), part.source)
-    return ArrivalProcess(name, split, sizes, trace=part)
+    known = part if split == _TRAIN else trace_part(whole, _TRAIN)
+    return ArrivalProcess(name, split, _sizes_of(part), trace=part, known_sizes=_sizes_of(known))
+
+
+def _sizes_of(part: Arrivals) -> Sizes:
+    return Sizes(part.input_tokens, part.output_tokens, part.source)
 
 
 def trace_part(whole: Arrivals, split: Split) -> Arrivals:
@@ -302,8 +312,7 @@ def user_arrivals(file: Path, split: Split | None = None) -> ArrivalProcess:
         input_tokens=np.maximum(whole.input_tokens, 1),
         output_tokens=np.maximum(whole.output_tokens, 1),
     )
-    sizes = Sizes(whole.input_tokens, whole.output_tokens, whole.source)
-    return ArrivalProcess(file.name, "test", sizes, trace=whole)
+    return ArrivalProcess(file.name, "test", _sizes_of(whole), trace=whole)
 
 
 @lru_cache(maxsize=4)

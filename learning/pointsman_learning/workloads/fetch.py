@@ -102,10 +102,12 @@ def _download(
         try:
             _receive(file, part, client, on_progress)
             why = "the answer ended early"
-        except httpx.ConnectError as error:
+        except (httpx.ConnectError, httpx.UnsupportedProtocol) as error:
             raise FetchError(f"{file.url} cannot be reached: {_reason(error)}") from error
         except httpx.TransportError as error:
             why = _reason(error)
+        except httpx.HTTPError as error:  # too many redirects, content that does not decode
+            raise FetchError(f"{file.url}: {_reason(error)}") from error
     if _size(part) < file.size:
         raise FetchError(
             f"{file.url}: {why}, after {_size(part):,} of {file.size:,} bytes."

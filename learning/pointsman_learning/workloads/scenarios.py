@@ -223,6 +223,8 @@ def make_scenario(
     seed: int,
     corpus: Corpus | None = None,
     predictor: FloatArray | None = None,
+    predictor_name: str = "a model",
+    predicted_tokens: FloatArray | None = None,
     length_error: float = LENGTH_ERROR,
     gauges: Gauges | None = None,
     mishaps: Mishaps | None = None,
@@ -242,6 +244,10 @@ def make_scenario(
         corpus: prompts and scores; by default `default_corpus`.
         predictor: (P, X) predicted quality for each of the corpus's prompts and experts; by
             default the pool's declared priors, the domain being told by keywords.
+        predictor_name: what the description calls it.
+        predicted_tokens: (P, X) learned lengths of answers, NaN where none was learned. They
+            count where the corpus knows the answer's own length; else lengths come from the
+            arrivals, and nothing learned from prompts could tell those.
         length_error: error of predicted output lengths, see `predicted_lengths`.
         gauges: staleness of the engines' metrics.
         mishaps: makes the changes of availability, for example `outages`.
@@ -278,24 +284,28 @@ def make_scenario(
     lengths = joined.lengths(
         window,
         known.output_tokens[rows[:, None], columns],
-        sizes=arrivals.sizes,
+        learned=joined.learned_lengths(predicted_tokens)[rows],
+        sizes=arrivals.sizes if arrivals.known_sizes is None else arrivals.known_sizes,
         noise=streams.lengths.standard_normal(requests),
         error=length_error,
     )
     chosen = limits_of(limits)
     domains, domain_of_prompt = _numbered_domains(known)
     duration_s = float(window.seconds[-1])
+    base_ms = chosen.base_ms or base_limits_ms(arrivals.name)
+    quality_from = "declared priors" if predictor is None else predictor_name
     return Scenario(
         snapshot=joined.snapshot,
         arrival_s=window.seconds,
         prompt_tokens=window.input_tokens,
-        limit_s=chosen.draw(streams.limits, requests, base_limits_ms(arrivals.name)),
+        limit_s=chosen.draw(streams.limits, requests, base_ms),
         score=known.scores[rows[:, None], columns],
         output_tokens=lengths.actual,
         predicted_quality=joined.quality(predictor)[rows],
         predicted_output_tokens=lengths.predicted,
         domain=domain_of_prompt[rows],
         domains=domains,
+        prompt=rows,
         availability=mishaps(streams.mishaps, joined.endpoints, duration_s) if mishaps else (),
         gauges=gauges or Gauges(),
         seed=seed,
@@ -304,9 +314,9 @@ def make_scenario(
             (
                 f"{window.note} to {rate:.3g} requests/s (load {load:g})",
                 f"prompts and scores from {known.source}",
-                _lengths_note(known, length_error),
-                f"quality predicted by {'declared priors' if predictor is None else 'a model'}",
-                f"limits {chosen.name}",
+                _lengths_note(known, length_error, learned=predicted_tokens),
+                f"quality predicted by {quality_from}",
+                f"limits {chosen.name} of {', '.join(f'{base:g}' for base in base_ms)} ms/token",
             )
         ),
     )
@@ -332,7 +342,7 @@ def _shuffled(rng: np.random.Generator, rows: IntArray, wanted: int) -> IntArray
     return np.concatenate(rounds)[:wanted]
 
 
-def _lengths_note(corpus: Corpus, error: float) -> str:
+def _lengths_note(corpus: Corpus, error: float, *, learned: FloatArray | None) -> str:
     own = np.isfinite(corpus.output_tokens)
     origin = (
         "output lengths from the quality table"
@@ -340,7 +350,10 @@ def _lengths_note(corpus: Corpus, error: float) -> str:
         else "output lengths are those of the arrivals times each expert's relative verbosity"
         + (", where the quality table has none" if own.any() else "")
     )
-    return f"{origin}, predicted synthetically with log error {error:g}"
+    by = f"synthetically with log error {error:g}"
+    if learned is not None and (own & np.isfinite(learned)).any():
+        by = f"by the model where the table has them and it learned them, else {by}"
+    return f"{origin}, predicted {by}"
 
 
 class _Lengths(NamedTuple):
@@ -430,11 +443,19 @@ class _Joined:
         return np.where(second, self.second, self.first)
 
     def lengths(
-        self, window: Window, own: FloatArray, *, sizes: Sizes, noise: FloatArray, error: float
+        self,
+        window: Window,
+        own: FloatArray,
+        *,
+        learned: FloatArray,
+        sizes: Sizes,
+        noise: FloatArray,
+        error: float,
     ) -> _Lengths:
         """Lengths by endpoint: the answer's own where known, else base times verbosity.
 
-        An engine stops when the context is full, so they are cut there; ``own`` is (N, E).
+        An engine stops when the context is full, so they are cut there; ``own`` and
+        ``learned`` are (N, E), NaN where unknown.
         """
         base = window.output_tokens.astype(np.float64)
         guess = predicted_lengths(base, noise, sizes=sizes, error=error)
@@ -448,27 +469,43 @@ class _Joined:
             predicted[known, endpoint] = predicted_lengths(
                 lengths, noise[known], sizes=like, error=error
             )
+        told = np.isfinite(own) & np.isfinite(learned)
+        predicted[told] = learned[told]
         left = np.maximum(self.room[None, :] - window.input_tokens[:, None], 1)
         return _Lengths(
             np.clip(np.rint(actual), 1, left).astype(np.int64), np.clip(predicted, 1.0, left)
         )
 
+    def learned_lengths(self, predicted: FloatArray | None) -> FloatArray:
+        """(P, E) learned length of each prompt's answers, NaN where none was learned."""
+        if predicted is None:
+            return np.full((len(self.corpus), self.endpoints), math.nan)
+        return self._by_endpoint(predicted, source="predicted_tokens")
+
+    def _by_endpoint(self, values: FloatArray, *, source: str) -> FloatArray:
+        """(P, E) of what is told for each of the corpus's prompts and experts, (P, X)."""
+        shape = (len(self.corpus), len(self.corpus.experts))
+        if values.shape != shape:
+            raise WorkloadError(
+                f"must be of shape {shape}, prompts by experts of {self.corpus.source}"
+                f" (got {values.shape})",
+                source=source,
+            )
+        # Not by weight alone: an unknown second expert must not spoil what has none (0 x NaN).
+        first, second = values[:, self.first], values[:, self.second]
+        mixed: FloatArray = np.where(
+            self.share > 0, (1 - self.share) * first + self.share * second, first
+        )
+        return mixed
+
     def quality(self, predictor: FloatArray | None) -> FloatArray:
         """(P, E) predicted quality of each prompt's answers."""
         if predictor is None:
             return self._declared()
-        shape = (len(self.corpus), len(self.corpus.experts))
-        if predictor.shape != shape:
-            raise WorkloadError(
-                f"must be of shape {shape}, prompts by experts of {self.corpus.source}"
-                f" (got {predictor.shape})",
-                source="predictor",
-            )
-        used = (1 - self.share) * predictor[:, self.first] + self.share * predictor[:, self.second]
+        used = self._by_endpoint(predictor, source="predictor")
         if not (np.isfinite(used).all() and used.min() >= 0 and used.max() <= 1):
             raise WorkloadError("must hold numbers from 0 to 1", source="predictor")
-        quality: FloatArray = used
-        return quality
+        return used
 
     def _declared(self) -> FloatArray:
         """(P, E) what core's `DeclaredPriors` says, asked once per domain."""

@@ -61,7 +61,7 @@ COLUMNS = {
         "REASON": "AllWell",
     },
 }
-WIDE = {"TOTAL", "EXPERTS", "ADMISSION", "SNAPSHOT"}
+WIDE = {"EXPERTS", "ADMISSION", "SNAPSHOT"}
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 

@@ -68,9 +68,11 @@ def test_a_difference_is_an_error(monkeypatch):
 
 
 def test_without_the_learning_extra_it_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pointsman_learning.simulator.reference", None)
+    for name in [name for name in sys.modules if name.startswith("pointsman_learning")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numba", None)
     done = invoke(*SMALL)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "needs the learning extra: pip install 'pointsman[learning]'" in done.stderr
 
 

@@ -86,8 +86,8 @@ def test_without_the_extra_it_is_named(monkeypatch, csv_file):
 
     monkeypatch.setattr(builtins, "__import__", without)
     done = invoke("file", str(csv_file))
-    assert done.exit_code == 1
-    assert "calibrate: needs the learning extra: pip install 'pointsman[learning]'" in done.stderr
+    assert done.exit_code == 2
+    assert "error: needs the learning extra: pip install 'pointsman[learning]'" in done.stderr
 
 
 class TestEngine:

@@ -114,5 +114,5 @@ def test_without_the_extra(run, monkeypatch, command, module):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     result = run(command)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "needs the learning extra: pip install 'pointsman[learning]'" in result.stderr

@@ -5,7 +5,8 @@ from typer.testing import CliRunner
 from pointsman_cli import predictors
 from pointsman_cli.main import app
 from pointsman_core.predictors import Artefact
-from pointsman_learning.predictors.judge import Interval, Judgement, LengthJudgement
+from pointsman_learning.evaluation.statistics import Interval
+from pointsman_learning.predictors.judge import Judgement, LengthJudgement
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,50 @@ def test_a_predictor_is_trained_on_scores_of_ones_own(scores, tmp_path):
     assert info.experts == ("good", "bad")
     assert info.provenance["data"] == "scores.csv"
     assert info.metrics["out_of_fold"]["chosen"]["mean"] > 0.9
+
+
+@pytest.fixture
+def trained(scores, tmp_path):
+    output = tmp_path / "own.onnx"
+    assert predictor("train", "-o", output, "--quality-data", scores).exit_code == 0
+    return output
+
+
+def test_a_trained_predictor_is_judged_by_other_scores(trained, tmp_path):
+    others = tmp_path / "others.csv"
+    lines = ["prompt,expert,score,output_tokens"]
+    for i in range(100, 120):
+        lines += [f"Add {i} and {i}.,{name},{score}," for name, score in (("good", 1), ("bad", 0))]
+        lines += [f"Who was king number {i}?,bad,1,", f"Who was king number {i}?,good,0,"]
+    others.write_text("\n".join(lines))
+    done = predictor("evaluate", "--predictor", trained, "--quality-data", others, "--json")
+    assert done.exit_code == 0, done.stderr
+    report = orjson.loads(done.stdout)
+    assert (report["split"], report["prompts"]) == ("others.csv", 40)
+    (rows,) = report["experts"].values()
+    chosen = {row["method"]: row["chosen"]["mean"] for row in rows}
+    assert chosen == {
+        "random": 0.5,
+        "best single": 0.5,
+        "own.onnx": pytest.approx(1.0, abs=0.1),
+        "oracle": 1.0,
+    }
+    assert (
+        "2 known experts, others.csv"
+        in predictor("evaluate", "--predictor", trained, "--quality-data", others).stdout
+    )
+
+
+def test_a_predictor_is_not_judged_by_what_it_was_trained_on(trained, scores):
+    done = predictor("evaluate", "--predictor", trained, "--quality-data", scores)
+    assert done.exit_code == 1
+    assert done.stderr == "error: own.onnx was trained on scores.csv: give other prompts\n"
+
+
+def test_a_predictor_must_know_the_experts(scores):
+    done = predictor("evaluate", "--quality-data", scores)
+    assert done.exit_code == 1
+    assert "knows 0 of the experts good, bad: two are needed for a choice" in done.stderr
 
 
 def test_the_predictor_table_needs_the_data():

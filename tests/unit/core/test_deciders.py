@@ -191,10 +191,18 @@ class TestLatencyQualityGreedy:
         kept = [LatencyQualityGreedy(m).score(seen).in_time.all() for m in (1.0, 1.5, 1.6)]
         assert kept == [True, True, False]
 
+    def test_admission_has_a_margin_of_its_own(self, site, build):
+        seen = site[0].observe(build.request(limit_s=0.02), now_s=0.0)
+        got = LatencyQualityGreedy(1.6, 1.5).score(seen)
+        assert not got.in_time.all()
+        assert got.acceptable.all()
+
     @pytest.mark.parametrize("margin", [0.0, -1.0, float("nan")])
-    def test_a_margin_is_positive(self, margin):
-        with pytest.raises(ValueError, match="margin must be positive, got"):
+    def test_margins_are_positive(self, margin):
+        with pytest.raises(ValueError, match=r"^margin must be positive, got"):
             LatencyQualityGreedy(margin)
+        with pytest.raises(ValueError, match="admission_margin must be positive, got"):
+            LatencyQualityGreedy(1.0, margin)
 
 
 class TestBestExpert:

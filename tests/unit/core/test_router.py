@@ -184,7 +184,9 @@ class TestAdmission:
         [
             (Scores(np.arange(3.0), np.zeros(3, np.bool_)), True),
             (Scores(np.arange(3.0), np.ones(3, np.bool_)), False),
-            (Scores(np.arange(3.0), np.zeros(3, np.bool_), np.array([0, 1, 0], np.bool_)), False),
+            (Scores(np.arange(3.0), np.zeros(3, np.bool_), np.array([0, 0, 1], np.bool_)), False),
+            (Scores(np.arange(3.0), acceptable=np.array([1, 1, 0], np.bool_)), True),
+            (Scores(np.arange(3.0), np.array([1, 1, 0], np.bool_)), True),
             (Scores(np.arange(3.0), np.ones(3, np.bool_), np.zeros(3, np.bool_)), True),
             (Scores(np.arange(3.0), acceptable=np.zeros(3, np.bool_)), True),
         ],
@@ -212,6 +214,27 @@ class TestAdmission:
         acceptable = np.array([False, True, False])
         router.replace_decider(fixed_scores(Scores(np.arange(3.0), acceptable=acceptable)))
         assert router.decide(build.request(), now_s=0.0).chosen is None
+
+    def test_among_equals_one_that_is_acceptable_is_drawn(self, site, build, fixed_scores):
+        router, _ = site(admission=Admission.REJECT)
+        acceptable = np.array([True, False, True])
+        router.replace_decider(fixed_scores(Scores(np.array([0.5, 0.5, 0.2]), None, acceptable)))
+        decisions = [router.decide(build.request(), now_s=0.0) for _ in range(30)]
+        assert {d.chosen and d.chosen.address for d in decisions} == {A}
+
+    def test_the_common_check_looks_at_the_one_chosen(self, build):
+        slow = build.expert(
+            "slow", A, quality=QualityPriors(default=0.9), profile={"memory_bandwidth_gbps": 1.0}
+        )
+        router, _ = build.router(
+            slow,
+            build.expert("fast", B, quality=QualityPriors(default=0.5)),
+            algorithm=Algorithm.QUALITY_GREEDY,
+            admission=Admission.REJECT,
+        )
+        decision = router.decide(build.request(), now_s=0.0)
+        assert decision.rejection is Rejection.OVER_LIMIT
+        assert dict(zip(decision.quality, decision.in_time, strict=True)) == {0.9: False, 0.5: True}
 
     @pytest.mark.parametrize("algorithm", Algorithm)
     def test_reject_is_the_same_for_all_algorithms(self, algorithm, site, build):

@@ -56,7 +56,7 @@ class TestDecide:
         got = await decide(service, latency_per_token_ms=0.001)
         assert got.rejected
         assert (got.expert, got.endpoint, got.served_model, list(got.retry_on)) == ("", "", "", [])
-        assert got.why == "no endpoint can keep the latency limit"
+        assert got.why == "the chosen endpoint cannot keep the latency limit"
 
     async def test_tells_that_the_fallback_decided(self, make_service, fixed_scores):
         service = make_service(algorithm="Random", fallback="QualityGreedy")

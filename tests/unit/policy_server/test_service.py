@@ -219,7 +219,7 @@ class TestRoute:
         assert (error.status, error.code) == (429, "over_limit")
         assert error.headers == (("retry-after", "1"),)
         assert error.message == (
-            "Rejected by policy default/auto: no endpoint can keep the latency limit."
+            "Rejected by policy default/auto: the chosen endpoint cannot keep the latency limit."
         )
         assert len(service.state) == 0
         assert counted(service, "rejections_total", policy=AUTO, reason="over_limit") == 1

@@ -156,7 +156,7 @@ class TestCsv:
         ("line", "message"),
         [
             ("1,x,0,0.1", "x.csv, row 8, column context_tokens: must be a number .*'x'"),
-            ("1,2", "x.csv, row 8, column prefill_tokens: must be a number .*'None'"),
+            ("1,2", "x.csv, row 8, column prefill_tokens: the cell is missing"),
             ("1,2,-1,0.1", "x.csv, row 8, column prefill_tokens: must be a number .*'-1'"),
             ("1,2,nan,0.1", "x.csv, row 8, column prefill_tokens: must be a number"),
             ("1,2,0,0", "x.csv, row 8: iteration_seconds and iterations must be above 0"),

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
@@ -48,7 +49,7 @@ def test_the_engine_simulator_gives_back_its_cost_model(run_jumping):
             probed = await probe(client, OPTIONS, note=notes.append)
             found = fit(probed.measurements)
             fields = profile_fields(found.times, probed.limits)
-            load = held_out_load(fields, requests=40, load=0.6, seed=3)
+            load = held_out_load(fields, requests=40, load=0.54, seed=3)
             return probed, found, await compare(client, fields, load)
 
     notes = []
@@ -68,6 +69,61 @@ def test_the_engine_simulator_gives_back_its_cost_model(run_jumping):
     assert report["latency_per_token"]["p90_ape"] < 0.05
     assert report["first_token"]["p90_ape"] < 0.15
     assert all(verdict["agree"] > 0.8 for verdict in report["in_time"])
+
+
+@pytest.mark.parametrize(
+    ("budget", "concurrency", "kv_tokens", "context"),
+    [
+        (512, 8, 16_384, 2048),  # the usual burst and what decodes do not fit the cache
+        (512, 2, 65_536, 8192),
+        (2048, 8, 65_536, 2048),
+        (2048, 4, 65_536, 32_768),
+    ],
+)
+def test_the_burst_for_the_budget_fits_cache_and_batch(
+    run_jumping, monkeypatch, budget, concurrency, kv_tokens, context
+):
+    cost = replace(
+        TRUE,
+        max_batched_tokens=budget,
+        max_sequences=concurrency,
+        kv_capacity_tokens=kv_tokens,
+    )
+    options = ProbeOptions(concurrency=concurrency, iterations=8)
+    monkeypatch.setattr("pointsman_learning.calibration.probe.design", lambda *_, **__: [])
+
+    async def work():
+        async with engine(cost=cost, context_tokens=context) as url:
+            return await calibrate(url, notes, options)
+
+    notes = []
+    assert run_jumping(work()).limits.max_batched_tokens == budget
+    assert "uncertain" not in " ".join(notes)
+
+
+def test_an_odd_budget_is_told(run_jumping, monkeypatch):
+    monkeypatch.setattr("pointsman_learning.calibration.probe.design", lambda *_, **__: [])
+
+    async def work():
+        async with engine(cost=replace(TRUE, max_batched_tokens=233)) as url:
+            return await calibrate(url, notes)
+
+    notes = []
+    budget = run_jumping(work()).limits.max_batched_tokens
+    told = f"maxBatchedTokens {budget} is uncertain: give --max-batched-tokens if you know it"
+    assert notes[-1] == told
+
+
+def test_beside_a_single_sequence_no_budget_is_measured(run_jumping, monkeypatch):
+    monkeypatch.setattr("pointsman_learning.calibration.probe.design", lambda *_, **__: [])
+
+    async def work():
+        async with engine(cost=replace(TRUE, max_sequences=1)) as url:
+            return await calibrate(url, notes, ProbeOptions(concurrency=1))
+
+    notes = []
+    assert run_jumping(work()).limits.max_batched_tokens == 512
+    assert notes == ["with --concurrency 1 maxBatchedTokens is not measured: 512 is assumed"]
 
 
 def test_a_batch_that_does_not_run_at_once_is_left_out(run_jumping):
@@ -110,6 +166,13 @@ def test_another_model_is_named(run_jumping):
 async def test_an_engine_that_is_not_there_is_an_error(unused_tcp_port):
     with pytest.raises(CalibrationError, match=r"127\.0\.0\.1.*connect"):
         await calibrate(f"http://127.0.0.1:{unused_tcp_port}", [])
+
+
+async def test_the_page_of_metrics_that_is_not_there_is_named(unused_tcp_port):
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    async with connect(url, model="tiny") as client:
+        with pytest.raises(CalibrationError, match=f"^{url}/metrics: "):
+            await client.counters()
 
 
 # --- Engines of other kinds ------------------------------------------------------------
@@ -216,11 +279,14 @@ def test_a_check_needs_requests_and_load(requests, load):
 @pytest.mark.parametrize(
     ("tokens", "iterations", "budget"),
     [
-        (16_384 + 36, 36, 512),
-        (16_384 + 12, 12, 2048),
-        (65_536 + 11, 11, 8192),
+        (16_384 + 32, 32, 512),
         (16_384 + 33, 33, 512),
-        (100, 1, 100),
+        (16_384 + 34, 34, 512),
+        (14_329 + 7, 7, 2048),
+        (14_329 + 4, 4, 4096),
+        (65_536 + 9, 9, 8192),
+        (16_384 + 37, 37, 448),
+        (100, 1, 64),
     ],
 )
 def test_the_roundest_budget_explains_a_burst(tokens, iterations, budget):

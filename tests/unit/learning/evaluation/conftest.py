@@ -10,7 +10,7 @@ from pointsman_core.manifests import compile_manifests
 from pointsman_core.resources import Admission
 from pointsman_core.snapshot import Snapshot
 from pointsman_learning.evaluation import Plan, Run, Task
-from pointsman_learning.evaluation.metrics import Metrics, Routing, Timeline
+from pointsman_learning.evaluation.metrics import Metrics, Prompts, Routing, Timeline
 from pointsman_learning.simulator import Outcome, Scenario
 
 MANIFESTS = """
@@ -79,6 +79,12 @@ Fake = Callable[[Plan], list[Run]]
 QOS = {"Random": 0.2, "RoundRobin": 0.3, "ImpactGreedy": 0.5, "bound:lookahead-true-quality": 0.6}
 
 
+def _prompts(qos: float, *, requests: int) -> Prompts:
+    """Each of 50 prompts asked twice; half of them are answered far better, whoever answers."""
+    share = np.tile([0.5, 1.5], 25)
+    return Prompts(np.arange(50), np.full(50, requests // 50), share * qos * requests / 50)
+
+
 def fake_run(task: Task) -> Run:
     """A run whose QoS is that of its decider less the load's, plus what its window brings."""
     window = task.window
@@ -106,6 +112,7 @@ def fake_run(task: Task) -> Run:
         ),
         routing=Routing(("code", "math"), ("chat", "coder"), requests, requests * 0.5),
         timeline=Timeline(1.0, np.arange(60), np.arange(60) * 0.5),
+        prompts=_prompts(qos, requests=100),
         description=f"made up, window {window.seed}",
         wall_s=0.1,
     )

@@ -7,8 +7,8 @@ import pytest
 
 from pointsman_core.deciders import ImpactGreedy
 from pointsman_core.resources import Admission
-from pointsman_learning.evaluation.bounds import BOUNDS, informed, lookahead
-from pointsman_learning.simulator import REJECTED, Scenario, simulate
+from pointsman_learning.evaluation.bounds import BOUNDS, _qos, informed, lookahead
+from pointsman_learning.simulator import REJECTED, Scenario, Simulation, simulate
 
 CHAT, OTHER_CHAT, CODER = range(3)
 
@@ -105,3 +105,20 @@ def test_lookahead_repeats_itself(snapshot):
 def test_a_first_token_limit_counts(snapshot):
     scenario = replace(crowd(snapshot), first_token_limit_s=np.full(60, 1e-6))
     assert lookahead(scenario, quality=False, horizon=3).qos.sum() == 0
+
+
+def test_without_limits_a_request_still_has_to_be_served(snapshot):
+    # A rejected request would be in time for ever if its latency were compared alone.
+    scenario = replace(crowd(snapshot), limit_s=np.full(60, np.inf))
+    outcome = lookahead(scenario, quality=False, horizon=3)
+    assert not (outcome.endpoint == REJECTED).any()
+    assert outcome.qos.sum() > 0
+
+
+def test_what_is_lost_is_worth_nothing_without_limits(snapshot):
+    scenario = replace(crowd(snapshot), limit_s=np.full(60, np.inf))
+    simulation = Simulation(scenario)
+    for i, arrival in enumerate(scenario.arrival_s[:3].tolist()):
+        simulation.advance(arrival)
+        simulation.reject(i)
+    assert _qos(scenario, simulation, 3).tolist() == [0.0, 0.0, 0.0]

@@ -1,7 +1,10 @@
 """The command line: what it refuses, and how it says so. Nothing is simulated in vain."""
 
+import builtins
 import re
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import orjson
 import pytest
@@ -36,6 +39,7 @@ def said(result: Result) -> str:
         (["--workloads", "azure-conv"], "--workloads: "),
         (["--loads", "0.5,zero"], "--loads: zero: must be a number above 0"),
         (["--loads", "-1"], "--loads: -1: must be a number above 0"),
+        (["--base-limits", "50,fast"], "--base-limits: fast: must be a number above 0"),
         (["--limits", "loose"], "--limits: must be one of x1"),
         (["--admission", "always"], "--admission: always: choose from best-effort, reject"),
         (["--seeds", "0"], "'--seeds': Input should be greater than or equal to 1"),
@@ -60,6 +64,17 @@ def test_wrong_options_are_named(options: list[str], message: str) -> None:
     result = evaluate(*options)
     assert result.exit_code == 2, result.output
     assert f"Invalid value for {message}" in said(result)
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("options", [[], ["--workloads", "poisson"]])
+def test_a_data_folder_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str]
+) -> None:
+    monkeypatch.setenv("POINTSMAN_DATA", str(tmp_path / "nowhere"))
+    result = evaluate(*options)
+    assert result.exit_code == 2, result.output
+    assert "Invalid value for POINTSMAN_DATA: " in said(result)
     assert "Traceback" not in result.output
 
 
@@ -106,15 +121,26 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     assert "--output-dir: " in said(result)
 
 
+def test_a_folder_in_the_way_of_markdown(tmp_path: Path) -> None:
+    result = evaluate("--markdown", tmp_path / "nowhere" / "overview.md")
+    assert result.exit_code == 2
+    assert "Invalid value for --markdown: " in said(result)
+
+
 def test_names_in_any_case_json_only_on_standard_output(tmp_path: Path) -> None:
     result = evaluate(
         *("--workloads", "Poisson", "--loads", "0.9,0.5", "--requests", 50, "--seeds", 2),
         *("--deciders", "impactgreedy,RANDOM", "--admission", "BestEffort,reject"),
         *("--output-dir", tmp_path / "out", "--jobs", 1, "--json"),
+        *("--markdown", tmp_path / "overview.md"),
     )
     assert result.exit_code == 0, result.output
     document = orjson.loads(result.stdout)
-    assert set(document) == {"runs", "summary"}
+    assert list(document) == ["runs", "summary", "setting"]
+    setting = document["setting"]
+    assert setting["predictor"] == "declared priors"
+    assert (setting["requests"], setting["endpoints"], setting["experts"]) == (50, 6, 6)
+    assert setting["composed"]["poisson"].startswith("composed: ")
     assert len(document["runs"]) == 2 * 2 * 2 * 2
     assert {run["decider"] for run in document["runs"]} == {"Random", "ImpactGreedy"}
     assert {run["admission"] for run in document["runs"]} == {"BestEffort", "Reject"}
@@ -124,6 +150,7 @@ def test_names_in_any_case_json_only_on_standard_output(tmp_path: Path) -> None:
     assert {row["load"] for row in document["summary"]} == {0.5, 0.9}
     assert orjson.loads((tmp_path / "out" / "evaluation.json").read_bytes()) == document
     assert "Average QoS" in result.stderr
+    assert "| decider | poisson, 0.5 | poisson, 0.9 |" in (tmp_path / "overview.md").read_text()
     assert "about" in result.stderr  # how long it will take
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"runs.parquet", "summary.parquet", "routing.png", "qos-by-load.png"} <= names
@@ -142,7 +169,14 @@ def test_own_data(own_files: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_without_the_learning_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pointsman_learning.evaluation", None)
+    real = builtins.__import__
+
+    def without(name: str, *arguments: Any, **options: Any) -> ModuleType:
+        if name == "pointsman_learning.evaluation":
+            raise ModuleNotFoundError("No module named 'polars'", name="polars")
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
     result = evaluate()
     assert result.exit_code == 2
     assert "needs the learning extra: pip install 'pointsman[learning]'" in result.stderr

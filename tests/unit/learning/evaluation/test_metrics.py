@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pointsman_learning.evaluation.metrics import NO_DOMAIN, measure, routing, timeline
+from pointsman_learning.evaluation.metrics import NO_DOMAIN, measure, prompts, routing, timeline
 from pointsman_learning.simulator import Outcome
 
 
@@ -77,3 +77,13 @@ def test_timeline_loses_no_request(outcome: Outcome) -> None:
     assert line.bin_s == pytest.approx(2.0)
     assert line.requests.tolist() == [2, 3]
     assert line.qos.tolist() == pytest.approx([1.4, 0])
+
+
+def test_qos_by_prompt(outcome: Outcome) -> None:
+    assert prompts(outcome) is None
+    asked = replace(outcome.scenario, prompt=np.array([7, 2, 7, 2, 9]))
+    told = prompts(replace(outcome, scenario=asked))
+    assert told is not None
+    assert told.rows.tolist() == [2, 7, 9]
+    assert told.requests.tolist() == [2, 2, 1]
+    assert told.qos == pytest.approx([0.9, 0.5, 0.0])

@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from pointsman_learning.evaluation import Plan, Run, collect, print_report, summarise
+from pointsman_learning.evaluation import (
+    Plan,
+    Run,
+    as_markdown,
+    collect,
+    print_report,
+    summarise,
+)
 
 Fake = Callable[[Plan], list[Run]]
 
@@ -44,6 +51,26 @@ def test_bounds_stand_apart_below_and_are_explained(plan: Plan, fakes: Fake) -> 
         text.index("ImpactGreedy") < text.index("bounds:") < text.index("  lookahead-true-quality")
     )
     assert "Bounds see what no router can" in text
+
+
+def test_markdown_has_all_cells_bounds_last_and_notes(plan: Plan, fakes: Fake) -> None:
+    results = collect(fakes(plan), plan)
+    summary = summarise(results.runs, prompts=results.prompts)
+    lines = as_markdown(summary, descriptions=results.descriptions).splitlines()
+    start = lines.index("**Average QoS, limits x1, Reject**")
+    header, rule, *rows = lines[start + 2 : start + 8]
+    assert header == "| decider | poisson, 0.5 | poisson, 0.9 | azure-code, 0.5 | azure-code, 0.9 |"
+    assert rule == "| --- | ---: | ---: | ---: | ---: |"
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| Random",
+        "| RoundRobin",
+        "| ImpactGreedy",
+        "| bound:lookahead-true-quality",
+    ]
+    assert rows[0].count("▼") == 4
+    assert rows[2].count(" =") == 4
+    assert any("over windows (bootstrap) and 50 prompts" in line for line in lines)
+    assert lines[-1] == "- azure-code: made up, window 0"
 
 
 def test_says_what_not_to_trust(plan: Plan, fakes: Fake) -> None:

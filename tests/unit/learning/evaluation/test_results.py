@@ -1,3 +1,4 @@
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,6 +71,21 @@ def test_no_percentages_of_next_to_nothing(plan: Plan, fakes: Fake) -> None:
     assert not math.isnan(summary[-1]["difference"])
 
 
+def test_intervals_are_over_prompts_too_and_given_them_apart(plan: Plan, fakes: Fake) -> None:
+    results = collect(fakes(plan), plan)
+    wide = summarise(results.runs, reference="Random", prompts=results.prompts)
+    given = summarise(results.runs, reference="Random")
+    for one, other in zip(wide, given, strict=True):
+        assert (one["prompts"], other["prompts"]) == (50, None)
+        for name in ("average_qos", "difference"):
+            if one["decider"] == "Random" and name == "difference":
+                continue
+            low, high = one[f"{name}_low"], one[f"{name}_high"]
+            assert low < one[f"{name}_given_prompts_low"] == other[f"{name}_low"]
+            assert high > one[f"{name}_given_prompts_high"] == other[f"{name}_high"]
+            assert one[name] == other[name]
+
+
 def test_unfinished_windows_count_for_nobody(plan: Plan, fakes: Fake) -> None:
     runs = fakes(plan)
     last = runs[-1].task
@@ -88,14 +104,18 @@ def test_overlapping_windows_are_counted(plan: Plan, fakes: Fake) -> None:
 
 
 def test_parquet_and_json_hold_the_same(plan: Plan, fakes: Fake, tmp_path: Path) -> None:
-    results = collect(fakes(plan), plan)
-    summary = summarise(results.runs)
+    results = collect(fakes(plan), plan, setting={"site": "a site"})
+    summary = summarise(results.runs, prompts=results.prompts)
     files = write_parquet(results, summary, tmp_path)
+    assert {json.loads(pl.read_parquet_metadata(path)["pointsman"])["site"] for path in files} == {
+        "a site"
+    }
     assert {path.name for path in files} == {
         "runs.parquet",
         "summary.parquet",
         "routing.parquet",
         "timeline.parquet",
+        "prompts.parquet",
     }
     assert pl.read_parquet(tmp_path / "runs.parquet").equals(results.runs)
     routing = pl.read_parquet(tmp_path / "routing.parquet")
@@ -103,7 +123,11 @@ def test_parquet_and_json_hold_the_same(plan: Plan, fakes: Fake, tmp_path: Path)
     assert routing.filter(pl.col("expert").is_null())["requests"].sum() == 10 * len(plan)
 
     document = orjson.loads(orjson.dumps(as_document(results, summary)))
-    assert set(document) == {"runs", "summary"}
+    assert list(document) == ["runs", "summary", "setting"]
+    assert document["setting"]["site"] == "a site"
+    assert document["setting"]["composed"]["poisson"] == "made up, window 0"
+    prompts = pl.read_parquet(tmp_path / "prompts.parquet")
+    assert prompts["requests"].list.sum().to_list() == [100] * len(plan)
     run = document["runs"][0]
     assert {"workload", "load", "decider", "seed", "average_qos"} <= set(run)
     assert run["resource_efficiency"] is None

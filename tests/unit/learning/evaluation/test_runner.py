@@ -1,11 +1,15 @@
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pointsman_core.resources import Admission
 from pointsman_learning.evaluation import (
+    BUILTIN,
     Composer,
     Contender,
     DeciderFailedError,
@@ -51,13 +55,43 @@ def test_processes_change_nothing(small: Plan) -> None:
 
 def test_deciders_meet_the_same_requests(small: Plan) -> None:
     runs = list(run_all(small.tasks(), COMPOSER))
-    arrivals = {
-        (run.task.window.seed, tuple(run.timeline.requests), run.timeline.bin_s) for run in runs
-    }
-    assert len(arrivals) == 2  # one per window
-    assert COMPOSER(runs[0].task.window).arrival_s.tolist() == pytest.approx(
-        COMPOSER(runs[0].task.window).arrival_s.tolist(), abs=0
-    )
+    met: dict[int, set[object]] = {}
+    for run in runs:
+        assert run.prompts is not None
+        asked = (tuple(run.prompts.rows), tuple(run.prompts.requests))
+        arrivals = (run.timeline.bin_s, *run.timeline.requests)
+        met.setdefault(run.task.window.seed, set()).add((asked, arrivals))
+    assert [len(each) for each in met.values()] == [1, 1]
+    assert met[0] != met[1]
+
+
+def test_a_window_is_the_same_wherever_it_is_made() -> None:
+    window = Window(workload="on-off", load=0.7, limit="mixed", seed=1)
+    here = COMPOSER(window)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as elsewhere:
+        there = elsewhere.submit(COMPOSER, window).result()
+    for name in ("arrival_s", "prompt", "limit_s", "output_tokens", "predicted_quality"):
+        assert np.array_equal(getattr(here, name), getattr(there, name))
+
+
+def test_base_limits_are_drawn_and_told() -> None:
+    window = Window(workload="poisson", load=0.5, limit="x2", seed=0)
+    scenario = replace(COMPOSER, base_limits_ms=(30.0, 40.0))(window)
+    assert set(scenario.limit_s.round(6)) == {0.06, 0.08}
+    assert "limits x2 of 30, 40 ms/token" in scenario.description
+    assert "limits x2 of 50, 70, 100 ms/token" in COMPOSER(window).description
+
+
+def test_says_how_many_experts_the_predictor_knows(own_files: dict[str, Path]) -> None:
+    scores = own_files["scores.csv"]
+    scores.write_text(scores.read_text().replace(",coder,", ",Mistral-7B-Instruct-v0.3,"))
+    site = own_files["site.yaml"]
+    site.write_text(site.read_text().replace("model: coder", "model: Mistral-7B-Instruct-v0.3"))
+    own = Composer(requests=20, predictor=BUILTIN, experts=site, quality_data=scores)
+    window = Window(workload="poisson", load=0.5, limit="x1", seed=0)
+    told = "builtin (1 of 2 experts learned, declared priors for the others)"
+    assert own.predictor_note() == own.setting()["predictor"] == told
+    assert f"quality predicted by {told}" in own(window).description
 
 
 def test_admission_is_a_right_not_a_window(small: Plan) -> None:

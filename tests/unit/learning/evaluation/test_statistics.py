@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pointsman_learning.evaluation.statistics import mean_intervals, paired_differences
+from pointsman_learning.evaluation.statistics import (
+    Interval,
+    mean_intervals,
+    over_prompts,
+    paired_differences,
+)
 
 
 def test_mean_and_equal_input_give_equal_intervals() -> None:
@@ -57,3 +62,47 @@ def test_too_few_windows_have_no_interval(windows: int) -> None:
     assert interval.mean == (windows + 1) / 2
     assert np.isnan([interval.low, interval.high]).all()
     assert not interval.clear_of_zero
+
+
+def answers(rng: np.random.Generator, *, windows: int, prompts: int, times: int) -> np.ndarray:
+    """(W, P) sums: each window asks each prompt so often; true mean 0."""
+    effect = rng.standard_normal(prompts) + 0.3 * rng.standard_normal((windows, 1))
+    noise = rng.standard_normal((windows, prompts)) * np.sqrt(times)
+    return times * effect + noise
+
+
+def test_windows_that_ask_the_same_prompts_hide_the_prompts_chance() -> None:
+    rng = np.random.default_rng(6)
+    asked = np.full((20, 80), 2.0)
+    given, wide = [], []
+    for _ in range(300):
+        sums = answers(rng, windows=20, prompts=80, times=2)
+        one = mean_intervals(sums.mean(axis=1)[None] / 2, resamples=1000)
+        given += one
+        wide += over_prompts(one, sums[None], asked)
+
+    def covered(intervals: list[Interval]) -> float:
+        return float(np.mean([each.low <= 0 <= each.high for each in intervals]))
+
+    assert covered(given) < 0.85
+    assert 0.91 <= covered(wide) <= 0.98
+
+
+def test_prompts_that_make_no_difference_add_next_to_nothing() -> None:
+    rng = np.random.default_rng(7)
+    sums = 0.3 * rng.standard_normal((20, 1)) + rng.standard_normal((20, 500))
+    (given,) = mean_intervals(sums.mean(axis=1)[None])
+    (wide,) = over_prompts([given], sums[None], np.ones((20, 500)))
+    assert given.half_width <= wide.half_width < 1.1 * given.half_width
+
+
+def test_one_prompt_tells_nothing_of_others() -> None:
+    given = Interval(0.5, 0.4, 0.6)
+    assert over_prompts([given], np.ones((1, 6, 1)), np.full((6, 1), 2.0)) == [given]
+
+
+def test_too_few_windows_have_no_interval_over_prompts_either() -> None:
+    given = mean_intervals(np.array([[0.4, 0.6]]))
+    (wide,) = over_prompts(given, np.array([[[0.0, 0.8], [0.4, 0.8]]]), np.ones((2, 2)))
+    assert wide.mean == 0.5
+    assert np.isnan([wide.low, wide.high]).all()

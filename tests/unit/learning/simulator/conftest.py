@@ -35,6 +35,7 @@ class Lab:
             "output_tokens": output,
             "predicted_quality": np.linspace(0.2, 0.8, n * e).reshape(n, e),
             "predicted_output_tokens": output * 2.0,
+            "detection_s": 0.0,
         }
         return Scenario(**(defaults | fields))
 

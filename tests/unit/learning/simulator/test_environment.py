@@ -147,6 +147,26 @@ class TestActions:
         walk(environment, [1, 2, 0])
         assert environment.outcome.endpoint.tolist() == [REJECTED, REJECTED, 0]
 
+    def test_best_effort_never_turns_a_request_away_for_an_invalid_one(self, lab):
+        changes = (Availability(0.0, 1, Change.LEAVE),)
+        scenario = lab.scenario(*requests(5), endpoints=4, availability=changes)
+        environment = RoutingEnv(lambda _: scenario, endpoints=6, may_reject=False)
+        environment.reset()
+        told = [environment.step(np.int64(a))[-1]["endpoint"] for a in (1, 4, 5, 3, 0)]
+        assert told == environment.outcome.endpoint.tolist() == [2, 0, 0, 3, 0]
+
+    def test_with_nothing_ready_best_effort_turns_requests_away(self, lab):
+        changes = (Availability(0.02, 0, Change.LEAVE), Availability(0.05, 0, Change.JOIN))
+        scenario = lab.scenario(*requests(4), endpoints=1, availability=changes)
+        environment = RoutingEnv.of(scenario)
+        environment.reset()
+        observation, *_ = environment.step(np.int64(0))
+        assert observation["action_mask"].tolist() == [0]
+        walk(environment, [0] * 4)
+        assert environment.outcome.endpoint.tolist() == [0, REJECTED, REJECTED, 0]
+        outcome = simulate(scenario)
+        assert outcome.endpoint.tolist() == [0, REJECTED, REJECTED, 0]
+
 
 class TestObservation:
     def test_is_cores_padded(self, scenario):

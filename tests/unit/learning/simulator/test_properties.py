@@ -93,6 +93,7 @@ def plays(draw, lab):
         *requests,
         snapshot=lab.build.snapshot(*experts),
         availability=tuple(Availability(*c) for c in sorted(changes)),
+        detection_s=draw(st.sampled_from([0.0, 0.004, 0.15])),
         gauges=Gauges(period_s=0.05, lag_s=draw(st.sampled_from([0.0, 0.02, 0.12]))),
     )
     return Play(scenario, tuple(draw(st.lists(st.integers(0, 11), min_size=20, max_size=20))))

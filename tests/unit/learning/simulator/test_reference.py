@@ -101,7 +101,12 @@ class TestNoticesA:
         self.expect("request")
 
     def test_different_order_of_events_of_one_moment(self, monkeypatch):
-        names = ("END", "READ_GAUGES", "CHANGE", "BEGIN", "ARRIVE")
+        names = ("END", "READ_GAUGES", "CHANGE", "NOTICE", "BEGIN", "ARRIVE")
+        monkeypatch.setattr(reference, "_Event", IntEnum("_Event", names))
+        self.expect("request")
+
+    def test_news_that_come_after_the_requests_of_that_moment(self, monkeypatch):
+        names = ("END", "READ_GAUGES", "CHANGE", "ARRIVE", "NOTICE", "BEGIN")
         monkeypatch.setattr(reference, "_Event", IntEnum("_Event", names))
         self.expect("request")
 

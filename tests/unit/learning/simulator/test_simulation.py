@@ -12,6 +12,7 @@ from pointsman_learning.simulator import (
     Gauges,
     Simulation,
 )
+from pointsman_learning.simulator.scenario import qos_of
 
 LONG = (0.0, 10, 900)
 """A request that decodes for about 2.8 s."""
@@ -248,6 +249,50 @@ class TestAvailability:
     def test_failures_after_the_last_arrival_count(self, lab):
         scenario = lab.scenario(LONG, availability=(Availability(0.5, 0, Change.FAIL),))
         assert np.isinf(lab.play(Simulation(scenario)).finish().finish_s[0])
+
+    def test_a_router_learns_of_a_failure_later_and_loses_what_it_sends_until_then(self, lab):
+        requests = [(0.5, 10, 5), (1.0, 10, 5), (1.2, 10, 5), (4.0, 10, 5)]
+        changes = (Availability(1.0, 0, Change.FAIL), Availability(3.0, 0, Change.JOIN))
+        scenario = lab.scenario(*requests, endpoints=2, availability=changes, detection_s=0.25)
+        simulation = lab.play(Simulation(scenario), endpoints=[0, 0, 0, 0])
+        outcome = simulation.finish()
+        assert np.isfinite(outcome.finish_s).tolist() == [True, False, False, True]
+        assert outcome.qos[1:3].tolist() == [0.0, 0.0]
+
+        simulation = Simulation(scenario)
+        for when, ready in [(1.2, True), (1.25, False), (3.2, False), (3.25, True)]:
+            simulation.advance(when)
+            assert simulation.state.ready().tolist() == [ready, True], when
+            assert simulation.in_flight == 0
+
+    def test_one_that_leaves_serves_what_comes_before_the_router_knows(self, lab):
+        changes = (Availability(1.0, 0, Change.LEAVE),)
+        scenario = lab.scenario((1.1, 10, 5), availability=changes, detection_s=0.25)
+        outcome = lab.play(Simulation(scenario)).finish()
+        assert outcome.finish_s[0] == pytest.approx(1.1 + finished_alone(10, 5))
+
+    def test_events_of_one_moment_happen_before_they_are_noticed(self, lab):
+        changes = (Availability(1.0, 0, Change.FAIL), Availability(1.25, 0, Change.JOIN))
+        scenario = lab.scenario(LONG, availability=changes, detection_s=0.25)
+        told = [(event.time_s, event.noticed) for event in scenario.events()]
+        assert told == [(1.0, False), (1.25, False), (1.25, True), (1.5, True)]
+
+
+class TestQos:
+    @pytest.mark.parametrize("quality", [None, np.array([[0.5], [0.25], [1.0]])])
+    def test_is_the_quality_of_what_was_served_in_time(self, lab, quality):
+        limits = np.array([np.inf, np.inf, 1e-9])
+        scenario = lab.scenario(*[(0.0, 10, 5)] * 3, limit_s=limits)
+        got = qos_of(
+            scenario,
+            np.arange(3),
+            endpoint=np.array([0, REJECTED, 0]),
+            first_token_s=np.array([1.0, np.inf, 1.0]),
+            finish_s=np.array([2.0, np.inf, 2.0]),
+            quality=quality,
+        )
+        table = scenario.score if quality is None else quality
+        assert got.tolist() == [table[0, 0], 0.0, 0.0]
 
 
 class TestDecisions:

@@ -119,7 +119,7 @@ def test_where_nothing_is_ready_the_network_rejects(config):
 
     one = config.domain.draw(0, requests=40).scenario
     gone = tuple(Availability(0.0, e, Change.LEAVE) for e in range(one.endpoints))
-    worlds = Lockstep.of([replace(one, availability=gone)])
+    worlds = Lockstep.of([replace(one, availability=gone, detection_s=0.0)])
     worlds.advance_to_arrivals()
     chosen = by_network(HanNetwork(HanConfig()))(worlds, worlds.observe())
     assert chosen.tolist() == [REJECTED]

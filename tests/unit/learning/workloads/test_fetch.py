@@ -26,6 +26,12 @@ class Home:
         self.asked: list[str] = []
         """Range header of each request."""
 
+    async def turn(self, request: web.Request) -> web.Response:
+        raise web.HTTPFound(request.path)
+
+    async def garble(self, _: web.Request) -> web.Response:
+        return web.Response(body=b"not gzip", headers={"Content-Encoding": "gzip"})
+
     async def serve(self, request: web.Request) -> web.StreamResponse:
         asked = request.headers.get("Range", "")
         self.asked.append(asked)
@@ -51,6 +57,8 @@ async def home():
     home = Home()
     app = web.Application()
     app.router.add_get("/file", home.serve)
+    app.router.add_get("/turning", home.turn)
+    app.router.add_get("/garbled", home.garble)
     async with TestServer(app) as server:
         home.url = str(server.make_url("/file"))
         yield home
@@ -183,6 +191,23 @@ async def test_wrong_file_that_is_there_is_left(fetch, target, home):
         await fetch()
     assert target.read_bytes() == b"mine"
     assert home.asked == []
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("/turning", "/turning: Exceeded maximum allowed redirects"),
+        ("/garbled", "/garbled: Error -3 while decompressing"),
+    ],
+)
+async def test_other_failures_are_told_with_the_address(home, fetch, url, message):
+    with pytest.raises(FetchError, match=message):
+        await fetch(url=home.url.removesuffix("/file") + url)
+
+
+async def test_an_address_of_another_protocol_is_told_at_once(fetch):
+    with pytest.raises(FetchError, match="ftp://somewhere/file cannot be reached"):
+        await fetch(url="ftp://somewhere/file")
 
 
 @pytest.mark.parametrize("status", [404, 403, 416])

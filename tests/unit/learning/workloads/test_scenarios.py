@@ -47,6 +47,7 @@ ARRAYS = (
     "predicted_quality",
     "predicted_output_tokens",
     "domain",
+    "prompt",
 )
 
 
@@ -152,6 +153,42 @@ def test_predicted_lengths_are_unbiased_and_know_their_error(error):
         assert guess[inside].mean() == pytest.approx(base[inside].mean(), rel=0.04)
 
 
+def test_lengths_are_predicted_from_what_the_training_part_tells():
+    process = arrival_process("poisson", split="test")
+    assert process.known_sizes is arrival_process("poisson", split="train").sizes
+    longer = replace(
+        process.sizes, output_tokens=process.sizes.output_tokens * 4, source="four times as long"
+    )
+    drifted = make(process=replace(process, sizes=longer), length_error=math.inf, load=0.1)
+    usual = make(process=process, length_error=math.inf, load=0.1)
+    fits = drifted.prompt_tokens < 3000
+    np.testing.assert_array_equal(
+        drifted.predicted_output_tokens[fits], usual.predicted_output_tokens[fits]
+    )
+
+
+def test_learned_lengths_count_where_lengths_are_known():
+    corpus = synthetic_corpus("test")
+    own = np.full_like(corpus.scores, np.nan)
+    own[:, 0] = 40.0
+    own[::2, 1] = 40.0
+    learned = np.full_like(own, 33.0)
+    learned[:, 2] = np.nan
+    known = replace(corpus, output_tokens=own)
+    column = [corpus.column(c.model) for c in edge_site().candidates]
+    scenario = make(corpus=known, predicted_tokens=learned)
+    plain = make(corpus=known)
+    told = np.isfinite(own)[scenario.prompt][:, column]
+    assert told.any(axis=0).sum() == 2
+    assert (scenario.predicted_output_tokens[told] == 33).all()
+    np.testing.assert_array_equal(
+        scenario.predicted_output_tokens[~told], plain.predicted_output_tokens[~told]
+    )
+    assert "predicted by the model where the table has them" in scenario.description
+    unlearned = make(corpus=known, predicted_tokens=np.full_like(own, np.nan))
+    assert unlearned.description == plain.description
+
+
 def test_less_error_predicts_better():
     def distance(error):
         scenario = make(requests=3000, length_error=error)
@@ -184,7 +221,9 @@ def test_prompts_repeat_only_when_all_were_asked():
     corpus = synthetic_corpus("test").take(np.arange(100))
     # Each prompt's number as a prediction tells which one was asked.
     number = np.repeat(np.arange(100)[:, None] / 100, len(corpus.experts), axis=1)
-    asked = make(corpus=corpus, predictor=number, requests=250).predicted_quality[:, 0]
+    scenario = make(corpus=corpus, predictor=number, requests=250)
+    asked = scenario.predicted_quality[:, 0]
+    np.testing.assert_array_equal(scenario.prompt, np.rint(asked * 100))
     for start in (0, 100):
         assert len(np.unique(asked[start : start + 100])) == 100
 
