@@ -21,15 +21,13 @@ from pointsman_core.deciders.base import Scores
 from pointsman_core.deciders.impact import TUNED, ImpactParameters, expected_impact
 from pointsman_core.graph import FEATURES, Float32Array, GraphArrays, encode, schema_hash
 from pointsman_core.observation import Observation
+from pointsman_core.onnx_session import METADATA_KEY, SessionError, open_session
 from pointsman_core.state import FloatArray
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 FORMAT: Final = "pointsman-han/1"
-METADATA_KEY: Final = "pointsman"
-"""Where in an ONNX file's metadata the JSON of `HanInfo` is."""
-
 MAX_BYTES: Final = 16 * 1024 * 1024
 """A larger file is no such model: it is refused before anything parses it."""
 
@@ -273,19 +271,10 @@ def _session(content: bytes, source: str) -> "InferenceSession":
     if len(content) > MAX_BYTES:
         raise ModelError(f"{source} has {len(content)} bytes; at most {MAX_BYTES} are read")
     try:
-        # Heavy, and other deciders must not pay for it.
-        import onnxruntime
+        return open_session(content)
     except ModuleNotFoundError:
         raise ModelError(f"{source} needs ONNX Runtime: pip install 'pointsman[server]'") from None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 4  # what is wrong is told by the exception
-    try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    # What it raises for a broken file has no common base.
-    except Exception as error:  # noqa: BLE001
+    except SessionError as error:
         raise ModelError(f"{source} is no ONNX model: {_line(error)}") from None
 
 

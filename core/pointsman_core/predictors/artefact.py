@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import orjson
 
+from pointsman_core.onnx_session import METADATA_KEY, SessionError, open_session
 from pointsman_core.predictors.features import FEATURES, SCHEMA, Float32Array, feature_matrix
 from pointsman_core.state import FloatArray
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 FORMAT: Final = "pointsman-predictor/1"
-METADATA_KEY: Final = "pointsman"
-"""Where in an ONNX file's metadata the JSON of `ArtefactInfo` is."""
-
 MAX_BYTES: Final = 64 * 1024 * 1024
 """A larger file is no predictor: it is refused before anything parses it."""
 
@@ -168,18 +166,14 @@ def builtin_artefact() -> Artefact:
 def _session(content: bytes, source: str) -> "InferenceSession":
     if len(content) > MAX_BYTES:
         raise ArtefactError(f"{source} has {len(content)} bytes; at most {MAX_BYTES} are read")
-    # Heavy, and commands that predict nothing must not pay for it.
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 4
     try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    # What it raises on bad bytes is of many classes, all of the runtime's own.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        return open_session(content)
+    except ModuleNotFoundError:
+        raise ArtefactError(
+            f"{source} needs ONNX Runtime: pip install 'pointsman[server]'"
+        ) from None
+    except SessionError as error:
+        reason = str(error)[:200]
         raise ArtefactError(f"{source} is no ONNX file that can be run: {reason}") from error
 
 

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from pointsman_core.deciders.han_drl import INPUTS, METADATA_KEY, OUTPUTS, HanInfo
+from pointsman_core.deciders.han_drl import INPUTS, OUTPUTS, HanInfo
 from pointsman_core.graph import FEATURES
 from pointsman_core.state import FloatArray
 from pointsman_learning.han.conv import SCORE_LIMIT, GraphHANConv
 from pointsman_learning.han.estimator import EDGE
 from pointsman_learning.han.graphs import RELATIONS
 from pointsman_learning.han.model import HanNetwork, Head
+from pointsman_learning.onnx_file import to_bytes
 
 OPSET: Final = 20
 IR_VERSION: Final = 10
@@ -334,13 +335,4 @@ class _Graph:
             [tensor(name, *told) for name, told in OUTPUTS.items()],
             list(self._weights.values()),
         )
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
-            producer_name="pointsman",
-        )
-        helper.set_model_props(model, {METADATA_KEY: info.to_json()})
-        onnx.checker.check_model(model)
-        content: bytes = model.SerializeToString(deterministic=True)
-        return content
+        return to_bytes(graph, metadata=info.to_json(), opset=OPSET, ir_version=IR_VERSION)

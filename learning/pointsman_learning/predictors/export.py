@@ -7,9 +7,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pointsman_core.predictors.artefact import METADATA_KEY, ArtefactInfo
+from pointsman_core.predictors.artefact import ArtefactInfo
 from pointsman_core.predictors.features import FEATURES
 from pointsman_core.state import FloatArray, IntArray
+from pointsman_learning.onnx_file import to_bytes
 from pointsman_learning.predictors.model import GRAMS, Linear, Model
 
 OPSET: Final = 17
@@ -123,13 +124,4 @@ class _Graph:
             tensor(name, len(info.experts)) for name in ("quality", "uncertainty", "output_tokens")
         ]
         graph = helper.make_graph(self._nodes, "predictor", inputs, outputs, self._weights)
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
-            producer_name="pointsman",
-        )
-        helper.set_model_props(model, {METADATA_KEY: info.to_json()})
-        onnx.checker.check_model(model)
-        content: bytes = model.SerializeToString(deterministic=True)
-        return content
+        return to_bytes(graph, metadata=info.to_json(), opset=OPSET, ir_version=IR_VERSION)

@@ -18,6 +18,7 @@ import onnx
 import orjson
 from onnx import TensorProto, helper, numpy_helper
 
+from pointsman_core.onnx_session import open_session
 from pointsman_core.predictors.features import Float32Array
 from pointsman_learning.predictors.cache import cache_folder, write_whole
 
@@ -75,17 +76,10 @@ class Encoder:
             from tokenizers import Tokenizer
         except ImportError:
             raise EncoderMissingError(f"needs the library tokenizers: {INSTALL}") from None
-        import onnxruntime
-
         self._tokenizer = Tokenizer.from_file(str(model_folder() / "tokenizer.json"))
         self._tokenizer.enable_truncation(MAX_TOKENS)
         self._tokenizer.enable_padding()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(
-            encoder_file(), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = open_session(str(encoder_file()))
 
     def __call__(
         self, prompts: Sequence[str], on_batch: "Callable[[int], object] | None" = None

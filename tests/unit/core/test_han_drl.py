@@ -11,7 +11,6 @@ from onnx import TensorProto, helper, numpy_helper
 from pointsman_core.deciders import ImpactGreedy, ImpactParameters, han_drl
 from pointsman_core.deciders.han_drl import (
     INPUTS,
-    METADATA_KEY,
     OUTPUTS,
     HanDrl,
     HanInfo,
@@ -20,6 +19,7 @@ from pointsman_core.deciders.han_drl import (
     ModelError,
 )
 from pointsman_core.graph import encode
+from pointsman_core.onnx_session import METADATA_KEY
 from pointsman_core.resources import Admission, Algorithm, QualityPriors
 from pointsman_core.router import Rejection
 

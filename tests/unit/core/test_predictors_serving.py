@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import onnx
 import orjson
@@ -5,6 +7,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from pointsman_core.observation import Request
+from pointsman_core.onnx_session import METADATA_KEY
 from pointsman_core.prediction import DeclaredPriors
 from pointsman_core.predictors import (
     Artefact,
@@ -15,7 +18,7 @@ from pointsman_core.predictors import (
     model_key,
 )
 from pointsman_core.predictors import artefact as artefact_module
-from pointsman_core.predictors.artefact import METADATA_KEY, ArtefactInfo
+from pointsman_core.predictors.artefact import ArtefactInfo
 from pointsman_core.predictors.features import FEATURES
 from pointsman_core.resources import QualityPriors
 from pointsman_core.router import Router
@@ -114,6 +117,12 @@ def test_a_huge_file_is_refused_before_it_is_parsed(monkeypatch):
     monkeypatch.setattr(artefact_module, "MAX_BYTES", 10)
     with pytest.raises(ArtefactError, match="has 11 bytes; at most 10 are read"):
         Artefact(b"x" * 11)
+
+
+def test_the_missing_runtime_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ArtefactError, match=r"x\.onnx needs ONNX Runtime: pip install"):
+        Artefact(b"any", source="x.onnx")
 
 
 def test_one_that_needs_embeddings_cannot_be_served(artefact, build, monkeypatch):
