@@ -20,13 +20,16 @@ class ImpactEstimator(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, told: Tensor, chance: Tensor, impact: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, told: Tensor, chance: Tensor, impact: Tensor, present: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(B, E) chance that the new request is in time, and impact on those there.
 
         ``told`` (B, E, size) is what is known of each choice; ``chance`` and ``impact`` (B, E)
-        are ImpactGreedy's.
+        are ImpactGreedy's; ``present`` (B, E) is positive where someone is there: elsewhere
+        there is nobody to have an impact on.
         """
         change = self.last(torch.relu(self.first(told)))  # (B, E, 2)
         sure = chance.clamp(EDGE, 1.0 - EDGE)
         logit = torch.log(sure) - torch.log1p(-sure)
-        return torch.sigmoid(logit + change[..., 0]), impact + change[..., 1]
+        return torch.sigmoid(logit + change[..., 0]), impact + change[..., 1] * present.sign()

@@ -244,6 +244,8 @@ class _Exporter:
         assert estimator is not None  # noqa: S101
         change = g.gemm(g.node("Relu", first), *_linear(estimator.last))  # (E, 2)
         by, more = g.split(change, (1, 1))
+        count = g.constant(_array(self.network.get_buffer("present"))[:, None])
+        more = g.node("Mul", more, g.node("Sign", g.node("MatMul", "endpoint", count)))
         edges = g.constant(np.array(EDGE)), g.constant(np.array(1.0 - EDGE))
         sure = g.node("Clip", chance, *edges)
         unsure = g.node("Sub", g.constant(np.array(1.0)), sure)

@@ -146,6 +146,7 @@ class HanNetwork(nn.Module):
         self.stack = nn.ModuleList(HanLayer(d, config.heads) for _ in range(layers))
         told = 2 * d + len(FEATURES["endpoint"])
         self.estimator = ImpactEstimator(told, hidden) if config.use_impact else None
+        self.register_buffer("present", _present(), persistent=False)
         seen = told + (2 if config.use_impact else 0)
         self.values = nn.ModuleList(Head(seen, hidden) for _ in range(2))
         self.policy = Head(seen, hidden)
@@ -226,7 +227,8 @@ class HanNetwork(nn.Module):
         if self.estimator is None:
             chance, impact = torch.zeros_like(chance), torch.zeros_like(impact)
         else:
-            chance, impact = self.estimator(told, chance, impact)
+            present = x["endpoint"] @ self.get_buffer("present")  # (B, E)
+            chance, impact = self.estimator(told, chance, impact, present)
             estimates = torch.stack([chance, torch.tanh(impact)], dim=-1)  # (B, E, 2)
             told = torch.cat([told, estimates], dim=-1)
         rejecting = torch.cat([h["request"], x["request"]], dim=-1)  # (B, 1, d + F_r)
@@ -243,6 +245,11 @@ class HanNetwork(nn.Module):
             twin_q = twin_q + start
             logits = logits + self.sharpness * start
         return twin_q, logits, chance, impact
+
+
+def _present() -> Tensor:
+    """(F,) picks the counts of those present out of an endpoint's features."""
+    return torch.tensor([float(name in ("running", "waiting")) for name in FEATURES["endpoint"]])
 
 
 def _kept(kind: str, config: HanConfig) -> Tensor:

@@ -195,6 +195,22 @@ class TestNumbers:
         assert len(export(network, provenance={})) < 1_000_000
 
 
+def test_nobody_there_nobody_harmed():
+    """An endpoint without requests has no impact, whatever was learned."""
+    network = trained(HanConfig())
+    graph = random_graph(np.random.default_rng(4), 6, 5, 3)
+    counts = [list(FEATURES["endpoint"]).index(name) for name in ("running", "waiting")]
+    graph.endpoint[:, counts] = 0.0
+    graph.endpoint[2:, counts[0]] = 0.1
+    graph.analytic[:2, 1] = 0.0
+    expected = network(GraphStore.of([graph]).batch([0])).impact[0].numpy()
+    assert (expected[:2] == 0.0).all()
+    assert (expected[2:] != graph.analytic[2:, 1]).all()
+    served = HanModel(export(network, provenance={})).run(graph).impact
+    assert (served[:2] == 0.0).all()
+    np.testing.assert_allclose(served, expected, atol=1e-5)
+
+
 class TestUntrained:
     """It is ImpactGreedy."""
 
