@@ -29,7 +29,7 @@ class HanConfig:
     width: int = 32
     """d"""
     heads: int = 4
-    layers: int = 2
+    layers: int = 1
     hidden: int = 64
     """Of the heads."""
     use_han: bool = True

@@ -25,7 +25,7 @@ class NetworkOptions(_Strict):
 
     width: int = 32
     heads: int = 4
-    layers: int = 2
+    layers: int = 1
     hidden: int = 64
     use_han: bool = True
     use_impact: bool = True
@@ -85,11 +85,11 @@ class SacOptions(_Strict):
 class LabelOptions(_Strict):
     """How many labels, and how they are made."""
 
-    shards: int = Field(40, ge=1)
+    shards: int = Field(100, ge=1)
     """Of `RolloutOptions.trunks` scenarios each."""
-    second_round: int = Field(0, ge=0)
+    second_round: int = Field(60, ge=0)
     """Shards made once more with the learned policy as the base; 0: none."""
-    followed: int = Field(10, ge=0)
+    followed: int = Field(20, ge=0)
     """Decisions of a branch that the learned policy takes, before ImpactGreedy goes on."""
     rollouts: RolloutOptions = RolloutOptions()
 

@@ -327,10 +327,14 @@ class Lockstep:
         usage[self.lanes.missing | stale[self._lane_world]] = np.nan
         return usage
 
-    def one(self, seen: Observation, world: int) -> Observation:
-        """The part of an `observe`d whole that is one world's, with scalars as core has it."""
+    def one(self, seen: Observation, world: int, *, alike: int = 1) -> Observation:
+        """The part of an `observe`d whole that is one world's, with scalars as core has it.
+
+        With ``alike`` it is that of so many worlds from that one on, see `alike`: candidates
+        of all of them, one world after the other.
+        """
         first = int(self.first_lane[world])
-        part = slice(first, first + int(self.endpoints[world]))
+        part = slice(first, first + alike * int(self.endpoints[world]))
         low, high = np.searchsorted(seen.resident_candidate, [part.start, part.stop])
         own = slice(int(low), int(high))
         prompt, limit = cast("FloatArray", seen.prompt_tokens), cast("FloatArray", seen.limit_s)
@@ -354,6 +358,18 @@ class Lockstep:
             resident_quality=seen.resident_quality[own],
             learned=None if seen.learned is None else seen.learned[part],
         )
+
+    def alike(self, seen: Observation) -> list[tuple[int, int]]:
+        """Runs of worlds that decide on like requests for as many endpoints: first, number.
+
+        Such are the branches of one state, whose futures have the same requests.
+        """
+        prompt, limit = cast("FloatArray", seen.prompt_tokens), cast("FloatArray", seen.limit_s)
+        first = self.first_lane
+        told = np.stack([prompt[first], limit[first], self.endpoints])
+        starts = np.flatnonzero(np.append(True, (np.diff(told, axis=1) != 0).any(axis=0)))
+        counts = np.diff(np.append(starts, len(self)))
+        return list(zip(starts.tolist(), counts.tolist(), strict=True))
 
     def residents(self, world: int) -> IntArray:
         """Slots of the requests in flight in a world, in the order of its `Observation`."""

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pointsman_core.graph import GraphArrays, encode
+from pointsman_core.graph import encode
 from pointsman_core.observation import Observation
 from pointsman_core.state import IntArray
 from pointsman_learning.han import GraphStore, HanNetwork
@@ -13,11 +13,10 @@ from pointsman_learning.training.lockstep import Lockstep, Policy
 
 def graphs_of(worlds: Lockstep, seen: Observation) -> GraphStore:
     """The graph of each world's decision, in order."""
-    return GraphStore.of([_graph(worlds, seen, world) for world in range(len(worlds))])
-
-
-def _graph(worlds: Lockstep, seen: Observation, world: int) -> GraphArrays:
-    return encode(worlds.one(seen, world))
+    return GraphStore.of(
+        encode(worlds.one(seen, world, alike=count), groups=count)
+        for world, count in worlds.alike(seen)
+    )
 
 
 def by_network(

@@ -34,7 +34,7 @@ class ValidationOptions:
     loads: tuple[float, ...] = (0.5, 0.9)
     limits: tuple[str, ...] = ("x1", "x2.5", "x5")
     reject: tuple[bool, ...] = (True,)
-    seeds: int = 2
+    seeds: int = 4
     requests: int = 400
     worlds_at_once: int = 24
 

@@ -16,6 +16,7 @@ TINY = {
     },
     "labels": {
         "shards": 1,
+        "second_round": 0,
         "rollouts": {"horizon": 5, "requests": 30, "trunks": 3, "states_per_scenario": 4},
     },
     "network": {"width": 8, "heads": 2, "layers": 1, "hidden": 8},

@@ -13,6 +13,7 @@ SMALL = {
     },
     "labels": {
         "shards": 2,
+        "second_round": 0,
         "rollouts": {"horizon": 8, "requests": 40, "trunks": 3, "states_per_scenario": 5},
     },
     "network": {"width": 8, "heads": 2, "layers": 1, "hidden": 8},
