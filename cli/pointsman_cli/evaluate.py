@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pointsman_core.resources import Admission
-    from pointsman_learning.evaluation import Composer, Plan, Results, Run
+    from pointsman_learning.evaluation import (
+        Composer,
+        DrawnPools,
+        Plan,
+        Results,
+        Run,
+        TrainedModel,
+    )
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it."""
@@ -92,9 +99,24 @@ def evaluate(
     policy: Annotated[
         str | None, typer.Option(help="Policy in the manifests; default: that of 'auto'.")
     ] = None,
+    pool: Annotated[
+        str,
+        typer.Option(
+            help="edge-site, or pools drawn anew by each seed: random:N, unseen-boards:N"
+            " (boards that training never draws), or a range like random:20-32."
+        ),
+    ] = "edge-site",
     outages: Annotated[
         bool, typer.Option("--outages", help="In each window one endpoint fails, one joins.")
     ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="A trained model (ONNX), evaluated as HanDrl:NAME; may be repeated."
+            " Default name: the file's, without its ending.",
+        ),
+    ] = None,
     output_dir: Annotated[Path, typer.Option(help="Where tables and plots go.")] = Path(
         "evaluation-output"
     ),
@@ -113,7 +135,7 @@ def evaluate(
     All deciders meet the very same requests. Differences have paired bootstrap intervals.
     """
     with needs_extra():
-        from pointsman_learning.evaluation import Composer, Plan
+        from pointsman_learning.evaluation import Composer, Plan, registered
 
     if policy is not None and experts is None:
         raise _bad("--policy", "names a policy in the manifests of --experts, which are not given")
@@ -125,33 +147,37 @@ def evaluate(
         quality_data=quality_data,
         arrivals=arrivals,
         base_limits_ms=None if base_limits is None else _base_limits(base_limits),
+        drawn=_drawn(pool),
         outages=outages,
     )
-    chosen = _deciders(deciders)
-    plan = Plan(
-        workloads=_workloads(workloads, arrivals),
-        loads=_loads(loads),
-        limits=_limits(limits),
-        admissions=_admissions(admission),
-        deciders=chosen,
-        seeds=range(seeds),
-    )
-    reference = _reference(reference, chosen)
-    _check(composer, plan)
-    with _named("--output-dir"):
-        output_dir.mkdir(parents=True, exist_ok=True)
-    if markdown is not None:
-        with _named("--markdown"):
-            markdown.touch()
-    status = _run(
-        composer,
-        plan,
-        reference=reference,
-        output_dir=output_dir,
-        markdown=markdown,
-        as_json=as_json,
-        jobs=min(jobs or _cores(), len(plan)),
-    )
+    models = _models(model or [])
+    with registered(one.contender() for one in models):
+        chosen = _deciders(deciders, models)
+        plan = Plan(
+            workloads=_workloads(workloads, arrivals),
+            loads=_loads(loads),
+            limits=_limits(limits),
+            admissions=_admissions(admission),
+            deciders=chosen,
+            seeds=range(seeds),
+        )
+        reference = _reference(reference, chosen)
+        _check(composer, plan)
+        with _named("--output-dir"):
+            output_dir.mkdir(parents=True, exist_ok=True)
+        if markdown is not None:
+            with _named("--markdown"):
+                markdown.touch()
+        status = _run(
+            composer,
+            plan,
+            models=models,
+            reference=reference,
+            output_dir=output_dir,
+            markdown=markdown,
+            as_json=as_json,
+            jobs=min(jobs or _cores(), len(plan)),
+        )
     raise typer.Exit(status)
 
 
@@ -237,7 +263,29 @@ def _admissions(text: str) -> "list[Admission]":
     return _choose(",".join(items), "--admission", known)
 
 
-def _deciders(text: str) -> list[str]:
+def _drawn(text: str) -> "DrawnPools | None":
+    from pointsman_core.workload import WorkloadError
+    from pointsman_learning.evaluation import DrawnPools
+
+    try:
+        return DrawnPools.parse(text)
+    except WorkloadError as error:
+        raise _bad("--pool", error.message) from None
+
+
+def _models(texts: Sequence[str]) -> "tuple[TrainedModel, ...]":
+    from pointsman_core.deciders.han_drl import ModelError
+    from pointsman_learning.evaluation import load_models
+
+    try:
+        with _named("--model"):
+            return load_models(texts)
+    except ModelError as error:
+        raise _bad("--model", error) from None
+
+
+def _deciders(text: str, models: "Sequence[TrainedModel]") -> list[str]:
+    """Those named, and every model that is given."""
     from pointsman_learning.evaluation import LOOKAHEAD, contenders
 
     known = contenders()
@@ -254,6 +302,7 @@ def _deciders(text: str) -> list[str]:
         choices = ", ".join([*known, *groups])
         raise _bad("--deciders", f"{', '.join(unknown)}: choose from {choices}")
     chosen = {name for item in items for name in folded[item.casefold()]}
+    chosen |= {model.decider for model in models}
     return [name for name in known if name in chosen]
 
 
@@ -314,6 +363,7 @@ def _run(
     composer: "Composer",
     plan: "Plan",
     *,
+    models: "Sequence[TrainedModel]",
     reference: str,
     output_dir: Path,
     markdown: Path | None,
@@ -331,7 +381,7 @@ def _run(
     status = 0
     try:
         with _interrupted_by_sigterm():
-            _play(composer, plan, jobs, errors, runs.append)
+            _play(composer, plan, models, jobs, errors, runs.append)
     except KeyboardInterrupt:
         errors.print(f"interrupted: {len(runs)} of {len(plan)} runs were finished")
         status = INTERRUPTED
@@ -339,14 +389,21 @@ def _run(
         errors.print(f"error: {error}")
         return 1
     if runs:
-        results = collect(runs, plan, setting=composer.setting())
+        results = collect(runs, plan, setting=_setting(composer, models))
         summary = _summary(results, composer, reference)
         _publish(results, summary, output_dir, tables, as_json=as_json)
         if markdown is not None:
-            text = as_markdown(summary, descriptions=results.descriptions)
+            text = as_markdown(summary, descriptions=results.notes)
             markdown.write_text(text, encoding="utf-8")
         errors.print(f"tables and plots: {output_dir}")
     return status
+
+
+def _setting(composer: "Composer", models: "Sequence[TrainedModel]") -> dict[str, Any]:
+    setting = dict(composer.setting())
+    if models:
+        setting["models"] = {one.decider: dict(one.setting()) for one in models}
+    return setting
 
 
 def _table_console(*, stderr: bool) -> "Console":
@@ -373,6 +430,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 def _play(
     composer: "Composer",
     plan: "Plan",
+    models: "Sequence[TrainedModel]",
     jobs: int,
     console: "Console",
     keep: "Callable[[Run], None]",
@@ -384,6 +442,7 @@ def _play(
 
     from pointsman_learning.evaluation import Pace, run_all
 
+    extra = [model.contender() for model in models]
     pace = Pace.of(plan, requests=composer.requests, jobs=jobs)
     console.print(
         f"{len(plan)} runs of {composer.requests:,} requests, quality predicted by"
@@ -398,7 +457,7 @@ def _play(
     )
     with (
         Progress(*columns, console=console, transient=True) as progress,
-        closing(run_all(plan.tasks(), composer, jobs=jobs)) as results,
+        closing(run_all(plan.tasks(), composer, jobs=jobs, extra=extra)) as results,
     ):
         bar = progress.add_task("runs", total=len(plan), left="")
         for run in results:
@@ -448,7 +507,7 @@ def _publish(
     write_parquet(results, summary, output_dir)
     (output_dir / "evaluation.json").write_bytes(document)
     draw_all(results, summary, output_dir)
-    print_report(tables, summary, descriptions=results.descriptions)
+    print_report(tables, summary, descriptions=results.notes)
     if as_json:
         sys.stdout.buffer.write(document)
         sys.stdout.buffer.flush()

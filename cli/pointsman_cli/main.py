@@ -12,6 +12,7 @@ from pointsman_cli.calibrate import app as calibrate
 from pointsman_cli.data import app as data
 from pointsman_cli.demo.command import demo
 from pointsman_cli.evaluate import evaluate
+from pointsman_cli.model_card import model_card
 from pointsman_cli.predictors import app as predictor
 from pointsman_cli.train import train
 from pointsman_cli.tune import tune
@@ -42,6 +43,7 @@ app.command("train")(train)
 app.command("tune")(tune)
 app.command("snapshot")(snapshot)
 app.command("evaluate")(evaluate)
+app.command("model-card")(model_card)
 app.command("validate")(resources.validate)
 app.command("generate-crds")(resources.generate_crds)
 app.command("generate-docs")(resources.generate_docs)

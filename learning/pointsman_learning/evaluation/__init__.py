@@ -8,7 +8,9 @@ from pointsman_learning.evaluation.composer import (
     default_predictor,
     workload_name,
 )
+from pointsman_learning.evaluation.drawn import SITE, DrawnPools
 from pointsman_learning.evaluation.metrics import Metrics, measure
+from pointsman_learning.evaluation.models import TrainedModel, load_models
 from pointsman_learning.evaluation.plan import Plan, Task, Window
 from pointsman_learning.evaluation.plots import draw_all
 from pointsman_learning.evaluation.registry import (
@@ -18,6 +20,7 @@ from pointsman_learning.evaluation.registry import (
     contenders,
     from_decider,
     register,
+    registered,
 )
 from pointsman_learning.evaluation.report import as_markdown, print_report
 from pointsman_learning.evaluation.results import (
@@ -38,9 +41,11 @@ __all__ = [
     "BUILTIN",
     "LOOKAHEAD",
     "PRIORS",
+    "SITE",
     "Composer",
     "Contender",
     "DeciderFailedError",
+    "DrawnPools",
     "Interval",
     "Metrics",
     "Pace",
@@ -48,6 +53,7 @@ __all__ = [
     "Results",
     "Run",
     "Task",
+    "TrainedModel",
     "Window",
     "as_document",
     "as_markdown",
@@ -57,11 +63,13 @@ __all__ = [
     "default_predictor",
     "draw_all",
     "from_decider",
+    "load_models",
     "mean_intervals",
     "measure",
     "paired_differences",
     "print_report",
     "register",
+    "registered",
     "run_all",
     "summarise",
     "workload_name",

@@ -13,6 +13,7 @@ from pointsman_core.predictors import Artefact, builtin_artefact, model_key
 from pointsman_core.snapshot import Snapshot
 from pointsman_core.state import BoolArray, FloatArray
 from pointsman_core.workload import WorkloadError
+from pointsman_learning.evaluation.drawn import DrawnPools
 from pointsman_learning.evaluation.plan import Window
 from pointsman_learning.simulator.scenario import Scenario
 from pointsman_learning.workloads import (
@@ -64,6 +65,8 @@ class Composer:
     """Base limits in ms per token; None: those that go with each workload."""
     outages: bool = False
     """Whether an endpoint fails, and another joins, within every window."""
+    drawn: DrawnPools | None = None
+    """Random pools in place of the site, one for each seed; its experts are what they draw."""
     split: Split = "test"
 
     def __call__(self, window: Window) -> Scenario:
@@ -74,8 +77,9 @@ class Composer:
 
         """
         said = self.said()
-        return make_scenario(
-            pool_snapshot=self.pool(),
+        pool = self.pool() if self.drawn is None else self.drawn.draw(window.seed)
+        scenario = make_scenario(
+            pool_snapshot=pool,
             process=self.process(window.workload),
             load=window.load,
             limits=replace(limits_of(window.limit), base_ms=self.base_limits_ms),
@@ -88,9 +92,18 @@ class Composer:
             predicted_tokens=None if said is None else said.output_tokens,
             mishaps=outages if self.outages else None,
         )
+        if self.drawn is None:
+            return scenario
+        note = f"{self.drawn.name}, drawn anew by each seed ({scenario.endpoints} here)"
+        return replace(scenario, description=f"{scenario.description}; endpoints: {note}")
 
     def pool(self) -> Snapshot:
-        """The endpoints; raises ManifestErrors and WorkloadError."""
+        """The site; raises ManifestErrors, and WorkloadError, also where both are given."""
+        if self.drawn is not None and self.experts is not None:
+            raise WorkloadError(
+                "has experts of its own: random pools are drawn from those of the edge site",
+                source=str(self.experts),
+            )
         return _pool(self)
 
     def corpus(self) -> Corpus:
@@ -117,11 +130,13 @@ class Composer:
         corpus = self.corpus()
         learned = sum(bool(said.learned[corpus.column(*names)]) for names in experts.values())
         rest = "" if learned == len(experts) else ", declared priors for the others"
+        if self.drawn is not None:
+            rest += ", mixtures for models without scores"
         return f"{self.predictor} ({learned} of {len(experts)} experts learned{rest})"
 
     def setting(self) -> Mapping[str, Any]:
         """What was run, for the files: everything that a result depends on but the plan."""
-        return {
+        setting = {
             "requests": self.requests,
             "site": str(self.experts or "examples/edge-site"),
             "policy": self.pool().full_name,
@@ -135,6 +150,7 @@ class Composer:
             "outages": self.outages,
             "split": self.split,
         }
+        return setting if self.drawn is None else setting | self.drawn.setting()
 
     def disjoint_windows(self, workload: str) -> int | None:
         """How many windows of that workload do not overlap; None: no end of them."""

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,24 +41,27 @@ def draw_all(results: Results, summary: Sequence[Row], folder: Path) -> list[Pat
         "qos-by-load": _by_number(summary, style, over="load"),
         "qos-by-limit": _by_number(summary, style, over="limit"),
         "burst": _burst(results.timeline, style),
-        "routing": _routing(results.routing),
+        # Pools that are drawn anew have no experts in common.
+        "routing": None if "pool" in results.setting else _routing(results.routing),
     }
     files = []
     for name, figure in figures.items():
         if figure is None:
             continue
         path = folder / f"{name}.png"
-        _footer(figure, results.descriptions)
+        _footer(figure, results)
         figure.savefig(path, dpi=130)
         files.append(path)
     return files
 
 
-def _footer(figure: "Figure", descriptions: Mapping[str, str]) -> None:
+def _footer(figure: "Figure", results: Results) -> None:
     """Say below the plots what they are composed of; the figure grows by it."""
     width, height = figure.get_size_inches()
     characters = int(width * 72 / (0.55 * NOTE_POINTS))
-    notes = (f"first window of {name}: {text}" for name, text in descriptions.items() if text)
+    composed = results.descriptions.items()
+    notes = [f"first window of {name}: {text}" for name, text in composed if text]
+    notes += [f"{name}: {text}" for name, text in results.models.items()]
     lines = [line for note in notes for line in textwrap.wrap(note, characters)]
     if not lines:
         return

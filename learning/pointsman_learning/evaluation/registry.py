@@ -5,7 +5,8 @@ one; bounds see what no router can (true quality, the future), so their names st
 ``bound:`` and they are never a reference. `register` adds others, such as a trained model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,9 +52,23 @@ _REGISTERED: dict[str, Contender] = {}
 def register(contender: Contender) -> None:
     """Add one, or replace the one of that name, in this process.
 
-    Worker processes import modules afresh: register when a module is imported.
+    Worker processes import modules afresh: register when a module is imported, or give
+    `run_all` what can be sent to them.
     """
     _REGISTERED[contender.name] = contender
+
+
+@contextmanager
+def registered(extra: Iterable[Contender]) -> Iterator[None]:
+    """Have these in this process for a while."""
+    before = dict(_REGISTERED)
+    try:
+        for contender in extra:
+            register(contender)
+        yield
+    finally:
+        _REGISTERED.clear()
+        _REGISTERED.update(before)
 
 
 def from_decider(

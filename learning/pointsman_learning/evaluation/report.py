@@ -31,7 +31,7 @@ def print_report(
     Args:
         console: where to.
         summary: rows of `summarise`.
-        descriptions: by workload, where its parts come from.
+        descriptions: by workload or decider, where its parts come from.
         detailed: with all metrics of every cell; None: where there are few cells.
 
     """

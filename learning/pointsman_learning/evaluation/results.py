@@ -53,6 +53,17 @@ class Results:
     setting: Mapping[str, Any] = field(default_factory=dict)
     """What all runs share: predictor, site, requests and so on."""
 
+    @property
+    def models(self) -> dict[str, str]:
+        """By decider: which file a trained model is."""
+        models = self.setting.get("models", {})
+        return {n: f"{one['file']}, SHA-256 {one['sha256']}" for n, one in models.items()}
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """By workload or decider: where it comes from, to stand below tables."""
+        return {**self.descriptions, **self.models}
+
 
 def collect(
     runs: Iterable[Run], plan: Plan, *, setting: Mapping[str, Any] | None = None

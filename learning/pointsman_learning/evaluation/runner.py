@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -22,7 +22,7 @@ from pointsman_learning.evaluation.metrics import (
     timeline,
 )
 from pointsman_learning.evaluation.plan import Plan, Task, Window
-from pointsman_learning.evaluation.registry import contenders
+from pointsman_learning.evaluation.registry import Contender, contenders, register
 from pointsman_learning.simulator.scenario import Scenario
 
 Source = Callable[[Window], Scenario]
@@ -65,11 +65,14 @@ def run(task: Task, source: Source) -> Run:
     )
 
 
-def run_all(tasks: Iterable[Task], source: Source, *, jobs: int = 1) -> Generator[Run, None, None]:
+def run_all(
+    tasks: Iterable[Task], source: Source, *, jobs: int = 1, extra: Sequence[Contender] = ()
+) -> Generator[Run, None, None]:
     """Run all tasks, yielding each result when it is there, in any order.
 
     Closing the iterator, or an exception while it waits (Ctrl-C), ends the workers at once.
-    What a task raises is raised here.
+    What a task raises is raised here. ``extra`` are contenders that worker processes register,
+    so they must be picklable; in this process they are the caller's to register (`registered`).
     """
     if jobs == 1:
         for task in tasks:
@@ -77,7 +80,7 @@ def run_all(tasks: Iterable[Task], source: Source, *, jobs: int = 1) -> Generato
         return
     for name in ONE_THREAD:
         os.environ.setdefault(name, "1")
-    with _Workers(jobs) as workers:
+    with _Workers(jobs, extra) as workers:
         for future in as_completed([workers.submit(task, source) for task in tasks]):
             yield future.result()
 
@@ -135,12 +138,15 @@ def _scenario(source: Source, window: Window) -> Scenario:
 class _Workers:
     """A pool that can be ended at once."""
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, extra: Sequence[Contender]) -> None:
         # A fresh interpreter: forking one with threads (BLAS, onnxruntime) may hang.
         method = "forkserver" if sys.platform == "linux" else "spawn"
         self._before = set(multiprocessing.active_children())
         self._pool = ProcessPoolExecutor(
-            jobs, mp_context=multiprocessing.get_context(method), initializer=_ignore_interrupts
+            jobs,
+            mp_context=multiprocessing.get_context(method),
+            initializer=_start,
+            initargs=(tuple(extra),),
         )
 
     def submit(self, task: Task, source: Source) -> "Future[Run]":
@@ -161,6 +167,8 @@ class _Workers:
             worker.join()
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole process group; the parent ends the workers."""
+def _start(extra: Iterable[Contender]) -> None:
+    """Make a worker ready. Ctrl-C reaches the whole process group; the parent ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for contender in extra:
+        register(contender)

@@ -38,6 +38,7 @@ from pointsman_learning.evaluation.composer import PRIORS, default_predictor
 from pointsman_learning.simulator import simulate
 from pointsman_learning.simulator.scenario import Scenario
 from pointsman_learning.workloads import (
+    SMALL_SHARE,
     Corpus,
     Pool,
     default_corpus,
@@ -50,8 +51,6 @@ WORKLOADS = ("poisson", "on-off", "azure-conv", "azure-code")
 LOADS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.4)
 LIMITS = ("x1", "x2.5", "x5")
 EDGE_SITE, RANDOM_POOL = SITES = ("edge site", "random pool")
-SMALL_SHARE = 0.15
-"""Of a random pool's endpoints that are models of which no scores are known."""
 POOL = 78
 """Keeps the draw of a pool apart from those within its scenario."""
 

@@ -20,6 +20,8 @@ from pointsman_learning.workloads.corpus import (
 from pointsman_learning.workloads.folder import FILES, DataFile, DataFolder
 from pointsman_learning.workloads.pools import (
     BOARDS,
+    SMALL_SHARE,
+    UNSEEN_BOARDS,
     Blend,
     Board,
     Pool,
@@ -46,7 +48,9 @@ __all__ = [
     "EDGE_EXPERTS",
     "FILES",
     "LIMITS",
+    "SMALL_SHARE",
     "SPLITS",
+    "UNSEEN_BOARDS",
     "ArrivalProcess",
     "Blend",
     "Board",

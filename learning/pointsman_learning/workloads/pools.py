@@ -245,6 +245,26 @@ BOARDS: tuple[Board, ...] = (
 )
 """Boards of edge sites, as commonly published, none measured here."""
 
+UNSEEN_BOARDS: tuple[Board, ...] = (
+    Board("l40s", 362.05, 864.0, 48.0, "NVIDIA L40S data sheet"),
+    Board("rtx-a6000", 154.8, 768.0, 48.0, "NVIDIA RTX A6000 data sheet, half of its sparse 309.7"),
+    Board("rtx-a5000", 111.1, 768.0, 24.0, "NVIDIA RTX A5000 data sheet, half of its sparse 222.2"),
+    Board("a30", 165.0, 933.0, 24.0, "NVIDIA A30 data sheet"),
+    Board("v100-pcie-16gb", 112.0, 900.0, 16.0, "NVIDIA V100 data sheet"),
+    Board(
+        "rtx-a2000-12gb",
+        31.95,
+        288.0,
+        12.0,
+        "NVIDIA RTX A2000 data sheet, half of its sparse 63.9",
+        max_batched_tokens=256,
+    ),
+)
+"""Boards that no training draws, for evaluation on hardware never seen; from data sheets too."""
+
+SMALL_SHARE = 0.15
+"""Of a random pool's endpoints that are models of which no scores are known. Ours."""
+
 BYTES_PER_PARAMETER = (2.0, 1.0, 0.55)
 """Of 16, 8 and 4 bit weights."""
 MAX_CONTEXT = 8192
@@ -276,6 +296,7 @@ def random_pool(
     endpoints: int | None = None,
     *,
     small_share: float = 0.0,
+    boards: tuple[Board, ...] = BOARDS,
     algorithm: Algorithm | None = None,
     admission: Admission | None = None,
 ) -> Pool:
@@ -284,6 +305,7 @@ def random_pool(
     Without ``endpoints`` there are 2 to 16. A model may stand on several boards, at 16, 8 or 4
     bit as it fits; at least two models occur. ``small_share`` of the endpoints, in the mean,
     are `SMALL_MODELS`, whose scores are blends: give the pool itself to `make_scenario` then.
+    ``boards`` are what models are put on; each model must fit one of them.
     """
     count = int(rng.integers(2, 17)) if endpoints is None else endpoints
     if count < 1:
@@ -301,7 +323,7 @@ def random_pool(
         if rng.random() < small_share:
             name, model, blend = _small(rng, index, models)
             blends[name] = blend
-        experts.append(_place(rng, index, name, model))
+        experts.append(_place(rng, index, name, model, boards))
     return Pool(_compiled(experts, algorithm, admission), blends, f"random pool of {count}")
 
 
@@ -346,13 +368,19 @@ def _blended(first: QualityPriors, second: QualityPriors, share: float) -> Quali
     )
 
 
-def _place(rng: np.random.Generator, index: int, name: str, model: Candidate) -> LLMExpert:
+def _place(
+    rng: np.random.Generator,
+    index: int,
+    name: str,
+    model: Candidate,
+    boards: tuple[Board, ...],
+) -> LLMExpert:
     """Put a model on a board that can run it."""
-    choices = _placements(
-        model.profile.parameters_billions, float(model.profile.kv_bytes_per_token)
-    )
-    boards = sorted({board.name for board, _, _ in choices})
-    wanted = boards[int(rng.integers(len(boards)))]
+    profile = model.profile
+    kv_bytes_per_token = float(profile.kv_bytes_per_token)
+    choices = _placements(profile.parameters_billions, kv_bytes_per_token, boards)
+    able = sorted({board.name for board, _, _ in choices})
+    wanted = able[int(rng.integers(len(able)))]
     own = [choice for choice in choices if choice[0].name == wanted]
     board, size, cache_gib = own[int(rng.integers(len(own)))]
     room = int(cache_gib * 2**30 / model.profile.kv_bytes_per_token) // 256 * 256
@@ -388,14 +416,14 @@ def _profile(
 
 @lru_cache(maxsize=64)
 def _placements(
-    parameters_billions: float, kv_bytes_per_token: float
+    parameters_billions: float, kv_bytes_per_token: float, boards: tuple[Board, ...]
 ) -> tuple[tuple[Board, float, float], ...]:
     """(board, bytes per parameter, GiB for the cache) of all placements that make sense.
 
     The cache gets 90 % of the memory less the weights and 1 GiB, as in examples/edge-site.
     """
     found = []
-    for board in BOARDS:
+    for board in boards:
         for size in BYTES_PER_PARAMETER:
             weights = parameters_billions * 1e9 * size
             cache_gib = round(0.9 * board.memory_gib - weights / 2**30 - 1.0, 1)

@@ -1,16 +1,20 @@
 """The command line: what it refuses, and how it says so. Nothing is simulated in vain."""
 
 import builtins
+import hashlib
 import re
+from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import orjson
+import polars as pl
 import pytest
 from typer.testing import CliRunner, Result
 
 from pointsman_cli.main import app
+from pointsman_learning.evaluation import contenders
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +51,10 @@ def said(result: Result) -> str:
         (["--jobs", "0"], "'--jobs': Input should be greater than or equal to 1"),
         (["--predictor", "nowhere.onnx"], "--predictor: [Errno 2] No such file"),
         (["--experts", "nowhere.yaml"], "--experts: nowhere.yaml: cannot be read"),
+        (["--pool", "random"], "--pool: must be edge-site, random:N, unseen-boards:N or a range"),
+        (["--pool", "random:999"], "--pool: must have 2 to 254 endpoints"),
+        (["--model", "nowhere.onnx"], "--model: [Errno 2] No such file"),
+        (["--model", "a b=x"], "--model: a b=x: a name has letters, digits"),
         (["--policy", "other"], "--policy: names a policy in the manifests of --experts"),
         (["--quality-data", "nowhere.csv"], "--quality-data: nowhere.csv: cannot be read"),
         (["--arrivals", "nowhere.csv"], "--arrivals: nowhere.csv: cannot be read"),
@@ -166,6 +174,53 @@ def test_own_data(own_files: dict[str, Path], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "trace, load 0.5, limits x2.5, Reject" in result.stdout
     assert "trace: 1 of the windows overlap" in result.stdout
+
+
+SHIPPED = resources.files("pointsman_core") / "models" / "han_drl.onnx"
+
+
+def test_a_model_that_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    result = evaluate("--model", "mine=broken.onnx", "--output-dir", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "Invalid value for --model: broken.onnx is no ONNX model" in said(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pool_and_experts_of_ones_own(own_files: dict[str, Path]) -> None:
+    result = evaluate("--experts", own_files["site.yaml"], "--pool", "random:4")
+    assert result.exit_code == 2
+    assert "has experts of its own: random pools are drawn from" in said(result)
+
+
+def test_models_and_pools_are_named_everywhere(tmp_path: Path) -> None:
+    (tmp_path / "mine.onnx").write_bytes(SHIPPED.read_bytes())
+    digest = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
+    result = evaluate(
+        *("--workloads", "poisson", "--loads", "0.5", "--requests", 50, "--seeds", 2),
+        *("--deciders", "ImpactGreedy", "--model", "mine.onnx", "--model", "other=mine.onnx"),
+        *("--pool", "unseen-boards:4-6", "--outages", "--reference", "handrl:MINE"),
+        *("--output-dir", tmp_path / "out", "--jobs", 1, "--markdown", tmp_path / "o.md"),
+    )
+    assert result.exit_code == 0, result.output
+    document = orjson.loads((tmp_path / "out" / "evaluation.json").read_bytes())
+    assert {row["decider"] for row in document["summary"]} == {
+        *("ImpactGreedy", "HanDrl:mine", "HanDrl:other")
+    }
+    assert {row["reference"] for row in document["summary"]} == {"HanDrl:mine"}
+    setting = document["setting"]
+    assert setting["site"] == "unseen-boards:4-6"
+    assert setting["pool"]["kind"] == "unseen-boards"
+    assert setting["models"]["HanDrl:other"]["sha256"] == digest
+    assert pl.read_parquet_metadata(tmp_path / "out" / "runs.parquet")["pointsman"].count(digest)
+    told = f"HanDrl:mine: mine.onnx, SHA-256 {digest}"
+    overview = (tmp_path / "o.md").read_text()
+    assert told in overview
+    assert "endpoints: unseen-boards:4-6, drawn anew by each seed (" in overview
+    assert told in " ".join(result.stdout.split())
+    # Experts of one window are not those of another: there is no picture of where requests go.
+    assert not (tmp_path / "out" / "routing.png").exists()
+    assert "HanDrl:mine" not in contenders()
 
 
 def test_without_the_learning_extra(monkeypatch: pytest.MonkeyPatch) -> None:

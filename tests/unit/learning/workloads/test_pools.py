@@ -15,7 +15,7 @@ from pointsman_learning.workloads import (
     random_pool,
     with_policy,
 )
-from pointsman_learning.workloads.pools import BOARDS, SLOWEST_S, room_of
+from pointsman_learning.workloads.pools import BOARDS, SLOWEST_S, UNSEEN_BOARDS, room_of
 
 EXPERT = """
 apiVersion: pointsman.dev/v1alpha1
@@ -140,6 +140,28 @@ def test_small_models_are_blends():
         assert blend.first != blend.second
         assert {blend.first, blend.second} <= set(EDGE_EXPERTS)
         assert candidate.profile.parameters_billions < 4
+
+
+def boards_of(pool):
+    return {c.profile.peak_tflops for c in pool.snapshot.candidates}
+
+
+def test_unseen_boards_are_unseen():
+    assert len(UNSEEN_BOARDS) >= 5
+    names = [board.name for board in (*BOARDS, *UNSEEN_BOARDS)]
+    assert len(set(names)) == len(names)
+    hardware = [(b.tflops, b.bandwidth_gbps, b.memory_gib) for b in (*BOARDS, *UNSEEN_BOARDS)]
+    assert len(set(hardware)) == len(hardware)
+    assert all(board.source for board in UNSEEN_BOARDS)
+
+
+def test_pools_on_other_boards():
+    pool = random_pool(np.random.default_rng(0), 60, small_share=0.15, boards=UNSEEN_BOARDS)
+    assert boards_of(pool) == {board.tflops for board in UNSEEN_BOARDS}
+    assert not boards_of(pool) & boards_of(random_pool(np.random.default_rng(0), 60))
+    for candidate in pool.snapshot.candidates:
+        cost = CostModel.from_profile(candidate.profile, candidate.limits)
+        assert cost.weights_s + cost.overhead_s <= SLOWEST_S
 
 
 def test_pool_of_none():
