@@ -25,7 +25,7 @@ $(VENV)/.dev: $(VENV)/.demo locks/dev.txt
 	$(PIP) install --require-hashes -r locks/dev.txt
 	@touch $@
 
-demo: $(VENV)/.demo  ## Run every decider against six simulated experts through a real Envoy
+demo: $(VENV)/.demo  ## Compare six deciders on six simulated experts through a real Envoy
 	$(BIN)/pointsman demo $(ARGS)
 
 test: $(VENV)/.dev lint  ## Lint, type check and all tests, with coverage

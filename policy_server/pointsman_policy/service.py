@@ -101,9 +101,7 @@ class RoutingService:
         self._show_snapshots()
 
     def _make_router(self, snapshot: Snapshot) -> Router:
-        # Each policy draws a sequence of its own.
-        name = zlib.crc32(snapshot.full_name.encode())
-        seed = None if self._seed is None else self._seed ^ name
+        seed = None if self._seed is None else policy_seed(self._seed, snapshot)
         predictor = make_predictor(self._artefact, snapshot)
         return Router(snapshot, self.state, predictor=predictor, seed=seed)
 
@@ -220,6 +218,11 @@ class RoutingService:
             self.metrics.decisions.labels(policy, decision.algorithm, decision.chosen.expert).inc()
             source = "learned" if decision.learned else "declared"
             self.metrics.quality_sources.labels(policy, source).inc()
+
+
+def policy_seed(seed: int, snapshot: Snapshot) -> int:
+    """Seed of a policy's router in a server that was given one: a sequence of its own."""
+    return seed ^ zlib.crc32(snapshot.full_name.encode())
 
 
 def make_request(

@@ -107,6 +107,7 @@ async def test_demo(commands):
     report = json.loads(done.stdout)
     assert set(report) == {
         *("runs", "workload", "simulated", "simulated_experts", "warnings", "note"),
+        *("model", "comparison"),
     }
     (run,) = report["runs"]
     assert (run["decider"], run["requests"], run["failed"], run["rejected"]) == ("Random", 2, 0, 0)
@@ -122,6 +123,28 @@ async def test_demo(commands):
     assert "Random" in done.stderr
     assert "Traceback" not in done.stderr
     assert commands.running() == {}
+
+
+@linux_only
+async def test_demo_beside_the_simulator_on_the_very_same_requests(commands):
+    done = await commands.run(
+        *("demo", "--deciders", "RoundRobin,Random,HanDrl", "--seconds", "2", "--rate", "6"),
+        *("--workload", "synthetic", "--compare", "--json"),
+    )
+    assert done.status == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert len(report["model"]["sha256"]) == 64
+    for run, compared in zip(report["runs"], report["comparison"], strict=True):
+        simulated = compared["simulator"]
+        assert (run["failed"], run["by_fallback"], simulated["failed"]) == (0, 0, 0)
+        assert run["decider"] == compared["decider"] == simulated["decider"]
+        if run["decider"] == "HanDrl":
+            continue  # what it chooses depends on how far answers have come
+        assert compared["same_expert"] == 1
+        for expert, share in run["experts"].items():
+            alike = simulated["experts"][expert]
+            assert alike["output_tokens"] == share["output_tokens"]
+            assert alike["mean_quality"] == share["mean_quality"]
 
 
 @linux_only

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pointsman_cli.deciders import parse_deciders
-from pointsman_cli.demo.options import MAX_LIMIT_MS, DemoOptions, WorkloadName
+from pointsman_cli.demo.options import MAX_LIMIT_MS, TELLING_DECIDERS, DemoOptions, WorkloadName
+from pointsman_cli.extras import needs_extra
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +35,7 @@ def demo(
     ] = None,
     deciders: Annotated[
         str, typer.Option(help="Comma-separated algorithms; 'all', or 'none' to only serve.")
-    ] = "all",
+    ] = TELLING_DECIDERS,
     manifests: Annotated[
         Path | None,
         typer.Option(help="File or folder of experts and a policy; default: examples/edge-site."),
@@ -60,6 +61,14 @@ def demo(
             help="Limit in ms per output token; default: the policy's.",
         ),
     ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also give the laboratory's simulator the same requests, and show both QoS"
+            " side by side (needs the learning extra).",
+        ),
+    ] = False,
 ) -> None:
     """Run each decider in turn against a site of simulated engines, through a real Envoy."""
     from rich.console import Console
@@ -67,6 +76,11 @@ def demo(
     from pointsman_cli.demo.data import repository_root
 
     chosen = parse_deciders(deciders, none_allowed=True)
+    if compare:
+        if not chosen:
+            raise typer.BadParameter("needs --deciders to compare", param_hint="--compare")
+        with needs_extra():  # at once, not after minutes
+            import pointsman_learning.simulator  # noqa: F401
     options = DemoOptions(
         seconds=seconds,
         rate=rate,
@@ -77,6 +91,7 @@ def demo(
         limit_ms=limit_ms,
         seed=seed,
         keep_running=keep_running or not chosen,
+        compare=compare,
     )
     raise typer.Exit(_run(options, Console(stderr=True), as_json=as_json))
 

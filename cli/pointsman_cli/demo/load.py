@@ -19,6 +19,8 @@ REQUEST_TIMEOUT_S = 120.0
 """A client gives up then; the request counts as failed."""
 REJECTION_CODES = frozenset({"over_limit"})
 """Codes of error objects by which the policy server refuses a request on purpose."""
+FALLBACK_MARK = "(fallback: "
+"""How the policy server tells, in the reason of a decision, that the algorithm had failed."""
 PADDING = "\n\n(padding up to the input length of the trace)\n"
 
 
@@ -55,6 +57,8 @@ class Outcome:
     endpoint: str | None = None
     decided: bool = False
     """Whether the policy server chose; False: Envoy's fallback did."""
+    fell_back: bool = False
+    """Whether the policy's fallback chose, its own algorithm having failed."""
     first_token_s: float | None = None
     last_token_s: float | None = None
     output_tokens: int = 0
@@ -188,7 +192,8 @@ async def _exchange(
     async with session.post(url, data=body, headers=headers) as response:
         outcome.expert = response.headers.get("x-pointsman-expert")
         outcome.endpoint = response.headers.get("x-pointsman-endpoint")
-        outcome.decided = bool(response.headers.get("x-pointsman-why"))
+        why = response.headers.get("x-pointsman-why", "")
+        outcome.decided, outcome.fell_back = bool(why), FALLBACK_MARK in why
         if response.status != 200:
             _refused(outcome, response.status, await response.read())
             return

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pointsman_core.resources import Algorithm
 
+TELLING_DECIDERS = "RoundRobin,ShortestQueue,QualityGreedy,LatencyQualityGreedy,ImpactGreedy,HanDrl"
+"""From blind by way of one-sided and greedy to learned: what a first look should show (ours)."""
 MAX_LIMIT_MS = 600_000.0
 """As a RoutingPolicy allows."""
 
@@ -37,3 +39,5 @@ class DemoOptions:
     """Limit on the latency per token; None takes the policy's."""
     seed: int
     keep_running: bool
+    compare: bool = False
+    """Whether the laboratory's simulator gets the same requests."""

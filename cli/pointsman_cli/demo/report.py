@@ -7,7 +7,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pointsman_cli.demo.results import DemoReport, RunResult
+from pointsman_cli.demo.results import DemoReport, ModelReport, RunResult
+
+SHOWN_DIGITS = 12
+"""Of a model's SHA-256; the whole one is in the JSON."""
 
 
 def write_json(report: DemoReport, path: Path) -> None:
@@ -20,6 +23,9 @@ def print_report(console: Console, report: DemoReport) -> None:
     console.print(results_table(report))
     console.print()
     console.print(experts_table(report))
+    if report.comparison:
+        console.print()
+        console.print(comparison_table(report))
     for warning in report.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
 
@@ -34,6 +40,7 @@ def results_table(report: DemoReport) -> Table:
             " over all requests, ± 95 % if they were independent. Late: of all requests, failed"
             f" ones included. {workload.description}."
             + (" Engines are simulated." if report.simulated else "")
+            + ("" if report.model is None else f" {model_line(report.model)}.")
         ),
     )
     table.add_column("decider", no_wrap=True)
@@ -80,6 +87,48 @@ def experts_table(report: DemoReport) -> Table:
         shares = [run.experts.get(name) for run in report.runs]
         cells = [f"{share.requests} ({share.late})" if share else "0" for share in shares]
         table.add_row(name, *cells)
+    return table
+
+
+def model_line(model: ModelReport) -> str:
+    """Tell people by which model HanDrl decides."""
+    if not model.sha256:
+        return f"HanDrl has no model, its fallback decides: {model.error}"
+    state = "trained" if model.trained else "untrained (it decides as ImpactGreedy does)"
+    return f"HanDrl decides by {model.source}, SHA-256 {model.sha256[:SHOWN_DIGITS]}…, {state}"
+
+
+def comparison_table(report: DemoReport) -> Table:
+    """Each run beside the simulation of the same requests."""
+    gaps = [abs(one.difference) for one in report.comparison]
+    table = _table(
+        "the same requests in the data plane and in the laboratory's simulator",
+        caption=(
+            "Difference: data plane less simulator, ± 95 % over paired requests if they were"
+            " independent; mean of its absolute values"
+            f" {sum(gaps) / len(gaps):.3f}. Same: requests that the same expert answered."
+        ),
+    )
+    table.add_column("decider", no_wrap=True)
+    for heading in (
+        "QoS data\nplane",
+        "QoS\nsimul.",
+        "difference",
+        "late data\nplane",
+        "late\nsimul.",
+        "same",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run, one in zip(report.runs, report.comparison, strict=True):
+        table.add_row(
+            run.decider,
+            f"{run.average_qos:.3f}",
+            f"{one.simulator.average_qos:.3f}",
+            f"{one.difference:+.3f}±{one.difference_95:.3f}",
+            f"{run.violation_rate:.1%}",
+            f"{one.simulator.violation_rate:.1%}",
+            f"{one.same_expert:.0%}",
+        )
     return table
 
 

@@ -61,6 +61,17 @@ class Shares(Frozen):
     rejected: float
 
 
+class ModelReport(Frozen):
+    """What HanDrl decided by."""
+
+    source: str = ""
+    sha256: str = ""
+    """Empty: it had none, so the policy's fallback decided."""
+    trained: bool = False
+    error: str = ""
+    """Why it had none."""
+
+
 class RunResult(Frozen):
     """One decider under the workload."""
 
@@ -90,6 +101,8 @@ class RunResult(Frozen):
     """Failed and rejected requests by reason."""
     without_decision: int
     """Answers that Envoy routed by itself, the policy server being silent."""
+    by_fallback: int
+    """Answers whose endpoint the policy's fallback chose, the decider having failed."""
     without_score: int
     """Answers graded by a declared prior, the workload having no score of that expert."""
     in_flight_at_end: int
@@ -97,6 +110,24 @@ class RunResult(Frozen):
     host: HostLoad
     ms_per_token: list[float] = Field(exclude=True, repr=False)
     """Latency per token of each answer, ascending; for the plot."""
+    qos: list[float] = Field(exclude=True, repr=False)
+    """QoS of each request, in order of arrival; for `compare`."""
+    answered_by: list[str | None] = Field(exclude=True, repr=False)
+    """Expert that answered each request, in order of arrival."""
+
+
+class Comparison(Frozen):
+    """One decider's run, and the same requests in the laboratory's simulator."""
+
+    decider: str
+    simulator: RunResult
+    difference: float
+    """Average QoS of the data plane less that of the simulator."""
+    difference_95: float
+    """Half the width of its 95 % interval over the requests, which are paired; taken as
+    independent of each other, so the true one is wider."""
+    same_expert: float
+    """Share of the requests that the same expert answered in both, or none in both."""
 
 
 class WorkloadReport(Frozen):
@@ -123,6 +154,10 @@ class DemoReport(Frozen):
     simulated: bool
     """Whether any engine was a simulation."""
     simulated_experts: list[str]
+    model: ModelReport | None = None
+    """Of HanDrl; None where it took no part."""
+    comparison: list[Comparison] = []
+    """By decider, where ``--compare`` asked for it."""
     warnings: list[str]
     note: Literal["simulated engines and composed scores: compare deciders, not sites"] = (
         "simulated engines and composed scores: compare deciders, not sites"
@@ -150,7 +185,7 @@ def summarise(
     duration = max((o.last_token_s or 0.0 for o in answered), default=0.0)
     late = int(np.count_nonzero(~in_time))
     qos = np.zeros(total)
-    qos[: len(answered)] = np.where(in_time, scores, 0.0)
+    qos[[outcome.index for outcome in answered]] = np.where(in_time, scores, 0.0)
     average_qos = float(qos.mean())
     return RunResult(
         decider=decider,
@@ -178,10 +213,26 @@ def summarise(
         ),
         failures=dict(Counter(o.reason for o in outcomes if o.reason).most_common()),
         without_decision=sum(not outcome.decided for outcome in answered),
+        by_fallback=sum(outcome.fell_back for outcome in answered),
         without_score=sum(not measured for _, measured in graded),
         in_flight_at_end=in_flight_at_end,
         host=host,
         ms_per_token=np.sort(per_token).tolist(),
+        qos=qos.tolist(),
+        answered_by=[o.expert if o.ending is Ending.ANSWERED else None for o in outcomes],
+    )
+
+
+def compare(run: RunResult, simulated: RunResult) -> Comparison:
+    """Set a run beside the simulation of the same requests."""
+    differences = np.subtract(run.qos, simulated.qos)
+    pairs = zip(run.answered_by, simulated.answered_by, strict=True)
+    return Comparison(
+        decider=run.decider,
+        simulator=simulated,
+        difference=float(differences.mean()),
+        difference_95=1.96 * float(differences.std()) / math.sqrt(len(differences)),
+        same_expert=sum(one == other for one, other in pairs) / len(differences),
     )
 
 

@@ -18,8 +18,17 @@ from pointsman_cli.demo.errors import DemoError
 from pointsman_cli.demo.host import host_meter, host_warning
 from pointsman_cli.demo.live import DemoView, ask_in_flight
 from pointsman_cli.demo.load import Outcome, Progress, drive, plan
+from pointsman_cli.demo.model import served_model
 from pointsman_cli.demo.options import DemoOptions
-from pointsman_cli.demo.results import DemoReport, RunResult, WorkloadReport, summarise
+from pointsman_cli.demo.report import model_line
+from pointsman_cli.demo.results import (
+    DemoReport,
+    ModelReport,
+    RunResult,
+    WorkloadReport,
+    compare,
+    summarise,
+)
 from pointsman_cli.demo.site import Site, clone_model, load_site, with_limit
 from pointsman_cli.demo.stack import Stack, running_stack
 from pointsman_core.resources import Algorithm
@@ -116,7 +125,11 @@ async def run_demo(
     With ``keep_running`` it then serves until cancelled.
     """
     prepared = prepare(options)
-    introduce(console, prepared, options)
+    decides = Algorithm.HAN_DRL in options.deciders
+    model = served_model(prepared.site.policy) if decides else None
+    introduce(console, prepared, options, model)
+    # Before anything starts: what cannot be simulated is told at once, and nobody is slowed down.
+    simulated = _simulate(prepared, options.deciders) if options.compare else []
     # Answers stream for as long as they take; only connecting is bounded here.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
     async with (
@@ -130,13 +143,25 @@ async def run_demo(
         ) as stack,
     ):
         if options.deciders:
-            publish(await _run_all(options.deciders, prepared, stack, session, console))
+            report = await _run_all(options.deciders, prepared, stack, session, console)
+            pairs = zip(report.runs, simulated, strict=True) if simulated else ()
+            comparison = [compare(run, alike) for run, alike in pairs]
+            publish(report.model_copy(update={"model": model, "comparison": comparison}))
         if options.keep_running:
             invite(console, stack)
             await asyncio.Event().wait()
 
 
-def introduce(console: Console, prepared: DemoPlan, options: DemoOptions) -> None:
+def _simulate(prepared: DemoPlan, deciders: tuple[Algorithm, ...]) -> list[RunResult]:
+    # Needs the extra `learning`, which the demo itself does not.
+    from pointsman_cli.demo.compare import simulate_all
+
+    return simulate_all(prepared, deciders)
+
+
+def introduce(
+    console: Console, prepared: DemoPlan, options: DemoOptions, model: ModelReport | None
+) -> None:
     """Say what is going to happen."""
     load = "" if prepared.load is None else f", about {prepared.load:.0%} of what the site can do"
     say(console, f"site: {len(prepared.site.experts)} experts from {options.manifests}")
@@ -147,6 +172,8 @@ def introduce(console: Console, prepared: DemoPlan, options: DemoOptions) -> Non
             f"each decider: {len(prepared.workload)} requests in {prepared.seconds:g} s,"
             f" {prepared.rate:.2g}/s{load}, limit {prepared.limit_ms:g} ms per token",
         )
+    if model is not None:
+        say(console, model_line(model))
     if prepared.raised_first_ms is not None:
         say(
             console,
@@ -256,6 +283,12 @@ def warnings(runs: list[RunResult], unscored: list[str]) -> list[str]:
         " server being silent"
         for run in runs
         if run.without_decision
+    ]
+    lines += [
+        f"{run.decider} failed: {run.by_fallback} of its answers were chosen by the policy's"
+        " fallback"
+        for run in runs
+        if run.by_fallback
     ]
     lines += [
         f"{run.decider}: {run.in_flight_at_end} requests stayed in the in-flight table"

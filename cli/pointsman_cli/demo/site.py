@@ -86,6 +86,8 @@ def clone_policy(policy: RoutingPolicy, decider: Algorithm) -> RoutingPolicy:
         update={
             "models": [clone_model(policy, decider)],
             "algorithm": decider,
+            # No other algorithm may name one.
+            "model": policy.spec.model if decider is Algorithm.HAN_DRL else None,
             "explain_headers": True,
         }
     )

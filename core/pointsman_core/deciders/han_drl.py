@@ -71,6 +71,11 @@ class HanInfo:
     metrics: Mapping[str, Any]
     """How it did."""
 
+    @property
+    def trained(self) -> bool:
+        """Whether it learned anything; a model that did not says so in its provenance."""
+        return self.provenance.get("trained", True) is not False
+
     def to_json(self) -> str:
         """What `METADATA_KEY` holds."""
         body = {

@@ -381,6 +381,7 @@ class Trainer:
             "labels": states.label_count,
             "states": len(states),
             "data": self.validation.scenarios[0].description,
+            "trained": bool(self._best["at"]),
             "kept": self._best["at"] or "the untrained network, which is ImpactGreedy",
             "finished": finished,
         }

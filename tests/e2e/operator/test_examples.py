@@ -50,7 +50,9 @@ async def test_the_examples_are_served(place, shown):
         patch = {"spec": {"backend": {"addresses": [boards[expert["spec"]["model"]].address]}}}
         await place.patch("llmexperts", expert["metadata"]["name"], patch)
     for name in ("auto", "assistant"):
-        await place.until_policy(name, Ready="True/Serving", Programmed="True")
+        await place.until_policy(
+            name, Ready="True/Serving", Programmed="True", ModelLoaded="True/Loaded"
+        )
     for name in ("coder", "generalist", *(one["metadata"]["name"] for one in site)):
         await place.until_expert(name, Ready="True", Reachable="True", ModelServed="True")
 

@@ -67,6 +67,18 @@ class TestDrive:
         assert (progress.sent, progress.in_flight) == (1, 0)
         assert progress.endings == {Ending.ANSWERED: 1}
 
+    @pytest.mark.parametrize(
+        ("why", "fell_back"),
+        [("LeastLoad: score 1 (fallback: HanDrl failed: no model)", True), ("HanDrl: …", False)],
+    )
+    async def test_a_choice_of_the_fallback_is_told_from_the_deciders_own(self, why, fell_back):
+        async def handler(_):
+            headers = EXPLAINED | {"x-pointsman-why": why}
+            return web.Response(body=STREAM + DONE, headers=headers)
+
+        outcomes, _ = await outcomes_of(handler, at(0.0))
+        assert (outcomes[0].decided, outcomes[0].fell_back) == (True, fell_back)
+
     async def test_is_an_open_loop(self):
         """No request waits for another's answer: the first is answered when all are there."""
         together = asyncio.Barrier(4)

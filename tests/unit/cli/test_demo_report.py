@@ -7,8 +7,20 @@ from rich.console import Console
 from pointsman_cli.demo.host import host_meter, host_warning
 from pointsman_cli.demo.load import Ending, Outcome
 from pointsman_cli.demo.plot import LINES, MAX_TICKS, draw, latency_ticks
-from pointsman_cli.demo.report import print_report, results_table, write_json
-from pointsman_cli.demo.results import DemoReport, HostLoad, WorkloadReport, summarise
+from pointsman_cli.demo.report import (
+    model_line,
+    print_report,
+    results_table,
+    write_json,
+)
+from pointsman_cli.demo.results import (
+    DemoReport,
+    HostLoad,
+    ModelReport,
+    WorkloadReport,
+    compare,
+    summarise,
+)
 from pointsman_cli.demo.runner import warnings
 from pointsman_core.resources import Algorithm
 
@@ -90,6 +102,47 @@ def test_headings_are_whole_words_in_80_columns(report):
 
 
 @pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (
+            ModelReport(source="a.onnx", sha256="0123456789abcdef", trained=True),
+            "HanDrl decides by a.onnx, SHA-256 0123456789ab…, trained",
+        ),
+        (
+            ModelReport(source="the shipped model", sha256="f" * 64),
+            "HanDrl decides by the shipped model, SHA-256 ffffffffffff…,"
+            " untrained (it decides as ImpactGreedy does)",
+        ),
+        (
+            ModelReport(error="a.onnx cannot be read"),
+            "HanDrl has no model, its fallback decides: a.onnx cannot be read",
+        ),
+    ],
+    ids=["trained", "untrained", "none"],
+)
+def test_the_model_is_told_under_the_table(report, model, line):
+    assert model_line(model) == line
+    caption = results_table(report.model_copy(update={"model": model})).caption
+    assert f"Engines are simulated. {line}." in caption
+    assert "HanDrl" not in results_table(report).caption
+
+
+def test_comparison_stands_beside_the_runs_in_80_columns(report):
+    run = result("LatencyQualityGreedy")
+    alike = result("LatencyQualityGreedy", endings=(Ending.ANSWERED,) * 2 + (Ending.FAILED,) * 2)
+    report = report.model_copy(update={"runs": [run], "comparison": [compare(run, alike)]})
+    console = Console(file=io.StringIO(), width=80)
+    print_report(console, report)
+    text = console.file.getvalue().partition("the same requests")[2]
+    assert "…" not in text
+    row = next(line for line in text.splitlines() if line.startswith("LatencyQualityGreedy"))
+    # Of four requests the second alone is in time with a score of 1, here and there.
+    assert row.split()[1:4] == ["0.250", "0.250", "+0.000±0.000"]
+    assert row.split()[4:] == ["50.0%", "50.0%", "50%"]
+    assert "absolute values 0.000" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
     ("low", "high"), [(20, 400), (1, 1000), (0.5, 90_000), (40, 60), (3, 3.5), (1e-3, 1e9)]
 )
 def test_latency_axis_has_enough_round_numbers(low, high):
@@ -135,6 +188,12 @@ def test_warnings_name_what_spoils_the_numbers():
 def test_answers_without_a_decision_are_warned_of():
     run = result("Random").model_copy(update={"without_decision": 3})
     assert "3 answers were routed by Envoy alone" in warnings([run], [])[0]
+
+
+def test_a_run_that_its_fallback_decided_is_warned_of():
+    run = result("HanDrl").model_copy(update={"by_fallback": 4})
+    wanted = "HanDrl failed: 4 of its answers were chosen by the policy's fallback"
+    assert warnings([run], []) == [wanted]
 
 
 async def test_host_meter_measures_while_it_is_open():

@@ -8,6 +8,7 @@ from pointsman_cli.demo.results import (
     HostLoad,
     RunResult,
     WorkloadReport,
+    compare,
     summarise,
 )
 
@@ -164,4 +165,30 @@ def test_report_as_json(result):
         "experts",
     }
     # One number per request would bury the rest.
-    assert "ms_per_token" not in data["runs"][0]
+    assert {"ms_per_token", "qos", "answered_by"}.isdisjoint(data["runs"][0])
+
+
+def test_choices_of_the_fallback_are_counted():
+    outcome = answered(0, at=0.0, last=0.1, tokens=10)
+    outcome.fell_back = True
+    assert run([outcome], 1.0).by_fallback == 1
+
+
+def test_compares_request_by_request(result):
+    # The second goes to another expert, the third is in time: QoS 1, 0.5, 0.8 and 0, 0.
+    simulated = run(
+        [
+            answered(0, at=0.0, last=0.5, tokens=10),
+            answered(1, at=1.0, last=2.0, tokens=20),
+            answered(2, at=2.0, last=2.5, tokens=10),
+            Outcome(index=3, arrival_s=3.0),
+            Outcome(index=4, arrival_s=4.0, ending=Ending.REJECTED),
+        ],
+        *(1.0, 0.5, 0.8, 1.0, 1.0),
+    )
+    compared = compare(result, simulated)
+    assert compared.simulator.average_qos == pytest.approx(2.3 / 5)
+    assert compared.difference == pytest.approx(-0.8 / 5)
+    # Differences are four zeros and -0.8: mean square 0.128, less 0.16 squared.
+    assert compared.difference_95 == pytest.approx(1.96 * (0.1024 / 5) ** 0.5)
+    assert compared.same_expert == pytest.approx(4 / 5)

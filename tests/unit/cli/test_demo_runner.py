@@ -13,6 +13,7 @@ from pointsman_cli.demo import runner
 from pointsman_cli.demo.errors import DemoError
 from pointsman_cli.demo.options import DemoOptions, WorkloadName
 from pointsman_cli.demo.processes import Children
+from pointsman_cli.demo.results import Comparison
 from pointsman_cli.demo.runner import DEFAULT_LOAD, prepare, run_demo
 from pointsman_cli.demo.stack import Stack
 from pointsman_core.resources import Algorithm
@@ -131,6 +132,7 @@ async def test_each_decider_gets_the_same_requests(options, stand_in, console):
     reports = []
     await run_demo(options, console, reports.append)
     (report,) = reports
+    assert (report.model, report.comparison) == (None, [])
     assert [run.decider for run in report.runs] == ["Random", "LeastLoad"]
     for run in report.runs:
         assert (run.requests, run.failed, run.in_flight_at_end) == (5, 0, 0)
@@ -144,6 +146,34 @@ async def test_each_decider_gets_the_same_requests(options, stand_in, console):
     assert len(by_model["auto/Random"]) == 5
     # Connections may reorder requests that are due within a millisecond.
     assert sorted(map(str, by_model["auto/Random"])) == sorted(map(str, by_model["auto/LeastLoad"]))
+
+
+@pytest.mark.usefixtures("stand_in")
+async def test_tells_the_model_of_the_learned_decider(options, console):
+    reports = []
+    await run_demo(replace(options, deciders=(Algorithm.HAN_DRL,)), console, reports.append)
+    assert "HanDrl decides by the shipped model, SHA-256 " in console.file.getvalue()
+    assert len(reports[0].model.sha256) == 64
+
+
+@pytest.mark.usefixtures("stand_in")
+async def test_sets_the_simulator_beside_each_decider(options, console):
+    reports = []
+    await run_demo(replace(options, compare=True), console, reports.append)
+    compared: list[Comparison] = reports[0].comparison
+    assert [one.decider for one in compared] == ["Random", "LeastLoad"]
+    for run, one in zip(reports[0].runs, compared, strict=True):
+        assert one.simulator.requests == run.requests
+        assert one.difference == pytest.approx(run.average_qos - one.simulator.average_qos)
+        assert one.same_expert == 1
+
+
+async def test_what_cannot_be_simulated_is_told_before_anything_starts(options, stand_in, console):
+    options.manifests.write_text(MANIFESTS.replace("127.0.0.1:1", "10.0.0.7:8000"))
+    message = "--compare: small at 10.0.0.7:8000 is a real engine"
+    with pytest.raises(DemoError, match=message):
+        await run_demo(replace(options, compare=True), console, lambda _: None)
+    assert stand_in.bodies == []
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -93,10 +93,20 @@ def test_clone_decides_by_another_algorithm_and_explains_itself(site):
     assert clone.spec.models == [clone_model(site.policy, Algorithm.SHORTEST_QUEUE)]
     assert clone.spec.algorithm is Algorithm.SHORTEST_QUEUE
     assert clone.spec.explain_headers
-    unchanged = {"models", "algorithm", "explain_headers"}
+    unchanged = {"models", "algorithm", "model", "explain_headers"}
     assert clone.spec.model_dump(exclude=unchanged) == site.policy.spec.model_dump(
         exclude=unchanged
     )
+
+
+def test_only_a_clone_that_decides_by_a_model_names_the_policys_own():
+    model = f"algorithm: HanDrl\n  model: {{file: a.onnx, sha256: {'a' * 64}}}"
+    text = MANIFESTS.replace("qos: {latencyPerTokenMs: 70}", model)
+    site = load_site({"site.yaml": text})
+    # Another algorithm that names one would be refused.
+    compiled = compile_manifests({"demo.yaml": to_yaml(site, list(Algorithm))})
+    named = {s.models[0] for s in compiled.snapshots if s.model is not None}
+    assert named == {"auto", "auto/HanDrl"}
 
 
 def test_name_of_a_clone_stays_a_label(site):

@@ -225,6 +225,13 @@ class TestLoading:
             HanModel(model(format="pointsman-han/9"))
 
     @pytest.mark.parametrize(
+        ("provenance", "trained"),
+        [({}, True), ({"trained": True}, True), ({"trained": False}, False)],
+    )
+    def test_whether_it_was_trained(self, provenance, trained):
+        assert HanModel(model(provenance=provenance)).info.trained is trained
+
+    @pytest.mark.parametrize(
         "impact", [None, {}, asdict(PARAMETERS) | {"margin": -1}, asdict(PARAMETERS) | {"new": 1}]
     )
     def test_parameters_of_another_release(self, impact):

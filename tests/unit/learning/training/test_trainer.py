@@ -50,6 +50,9 @@ def test_a_run_makes_a_model_a_card_and_curves(config, tmp_path):
     card = json.loads(result.card.read_text())
     assert card["provenance"]["labels"] > 50
     assert card["provenance"]["finished"] is True
+    kept_one = not card["provenance"]["kept"].startswith("the untrained network")
+    assert card["provenance"]["trained"] is kept_one
+    assert HanModel(result.model.read_bytes()).info.trained is kept_one
     assert card["metrics"]["validation"][0]["windows"] == "poisson 0.9 x1"
     assert 0 <= card["metrics"]["estimator"]["chance_brier"] <= 1
     with (tmp_path / "curves.csv").open() as file:
