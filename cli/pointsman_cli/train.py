@@ -2,6 +2,8 @@
 
 import math
 import os
+import shlex
+import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -86,7 +88,13 @@ def train(
         _announce(console, settings, workers, minutes, output)
         with _Shown(console) as shown:
             trainer = Trainer(
-                settings, output, jobs=workers, ray=ray, minutes=minutes, report=shown.event
+                settings,
+                output,
+                jobs=workers,
+                ray=ray,
+                minutes=minutes,
+                command=shlex.join(["pointsman", *sys.argv[1:]]),
+                report=shown.event,
             )
             result = trainer.run(resume=resume)
     except (ConfigError, CheckpointError, WorkloadError, ManifestErrors, OSError) as error:

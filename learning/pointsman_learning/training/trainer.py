@@ -80,10 +80,13 @@ class Trainer:
         jobs: int = 1,
         ray: bool = False,
         minutes: float | None = None,
+        command: str = "",
         report: Report = lambda _: None,
     ) -> None:
+        """Prepare it; ``command`` is what started it, for the model's provenance."""
         self.config, self.folder = config, folder
         self._jobs, self._ray, self._report = jobs, ray, report
+        self._command = command
         self._started = time.monotonic()
         self._deadline = None if minutes is None else self._started + 60.0 * minutes
         torch.manual_seed(config.seed)
@@ -380,7 +383,8 @@ class Trainer:
             "schema": schema_hash(),
             "labels": states.label_count,
             "states": len(states),
-            "data": self.validation.scenarios[0].description,
+            "data": self.config.domain.draw(0, requests=2).scenario.description,
+            "command": self._command,
             "trained": bool(self._best["at"]),
             "kept": self._best["at"] or "the untrained network, which is ImpactGreedy",
             "finished": finished,
