@@ -85,7 +85,7 @@ class SacOptions(_Strict):
 class LabelOptions(_Strict):
     """How many labels, and how they are made."""
 
-    shards: int = Field(100, ge=1)
+    shards: int = Field(120, ge=1)
     """Of `RolloutOptions.trunks` scenarios each."""
     second_round: int = Field(60, ge=0)
     """Shards made once more with the learned policy as the base; 0: none."""
