@@ -89,6 +89,8 @@ class Trainer:
         self._command = command
         self._started = time.monotonic()
         self._deadline = None if minutes is None else self._started + 60.0 * minutes
+        # One thread: these products are small, and sums of several threads differ by machine.
+        torch.set_num_threads(1)
         torch.manual_seed(config.seed)
         self.network = HanNetwork(_han_config(config)).to(config.device)
         self.stage, self.number = WARM, 0
