@@ -24,6 +24,7 @@ from pointsman_learning.evaluation.metrics import (
 from pointsman_learning.evaluation.plan import Plan, Task, Window
 from pointsman_learning.evaluation.registry import Contender, contenders, register
 from pointsman_learning.simulator.scenario import Scenario
+from pointsman_learning.workers import end_with_parent
 
 Source = Callable[[Window], Scenario]
 """Makes a window's scenario, the same one at every call; hashable, and picklable for workers."""
@@ -170,5 +171,6 @@ class _Workers:
 def _start(extra: Iterable[Contender]) -> None:
     """Make a worker ready. Ctrl-C reaches the whole process group; the parent ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     for contender in extra:
         register(contender)

@@ -15,6 +15,7 @@ from pointsman_learning.training.domain import Domain
 from pointsman_learning.training.lockstep import Policy
 from pointsman_learning.training.rollouts import State, label
 from pointsman_learning.training.shards import Shard
+from pointsman_learning.workers import end_with_parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +123,18 @@ def run(todo: Sequence[Task], *, jobs: int, ray: bool = False) -> Iterator[Made]
         yield from _in_processes(todo, jobs)
 
 
-def _one_thread() -> None:
+def _start() -> None:
     """Processes share the cores; threads of their own would be in each other's way."""
     import torch
 
+    end_with_parent()
     torch.set_num_threads(1)
 
 
 def _in_processes(todo: Sequence[Task], jobs: int) -> Iterator[Made]:
     # Not forked: torch's and numba's threads do not survive it.
     with ProcessPoolExecutor(
-        min(jobs, len(todo) or 1), mp_context=get_context("spawn"), initializer=_one_thread
+        min(jobs, len(todo) or 1), mp_context=get_context("spawn"), initializer=_start
     ) as pool:
         futures: list[Future[Made]] = [pool.submit(work, task) for task in todo]
         try:
