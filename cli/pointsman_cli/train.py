@@ -93,7 +93,7 @@ def train(
                 jobs=workers,
                 ray=ray,
                 minutes=minutes,
-                command=shlex.join(["pointsman", *sys.argv[1:]]),
+                command=_begun_by(sys.argv[1:]),
                 report=shown.event,
             )
             result = trainer.run(resume=resume)
@@ -107,6 +107,11 @@ def train(
     if not result.finished:
         console.print(f"time is over; the same command with --resume goes on in {output}")
     console.print(f"model: {result.model}, model card: {result.card}")
+
+
+def _begun_by(arguments: list[str]) -> str:
+    """The command that began the run, also where this one goes on with it."""
+    return shlex.join(["pointsman", *(one for one in arguments if one != "--resume")])
 
 
 def _settings(file: Path | None, own: dict[str, Any], device: str | None) -> "TrainConfig":

@@ -65,13 +65,13 @@ _FACTORIES: Mapping[Algorithm, Callable[[np.random.Generator], Decider]] = {
 
 
 ADMISSION_MARGINS: Mapping[Algorithm, float] = {
-    Algorithm.RANDOM: 0.942,
+    Algorithm.RANDOM: 1.04,
     Algorithm.ROUND_ROBIN: 1.11,
-    Algorithm.SHORTEST_QUEUE: 0.998,
+    Algorithm.SHORTEST_QUEUE: 1.11,
     Algorithm.LEAST_LOAD: 0.887,
     Algorithm.QUALITY_GREEDY: 1.11,
-    Algorithm.BEST_EXPERT: 1.01,
-    Algorithm.WEIGHTED_SCORE: 0.676,
+    Algorithm.BEST_EXPERT: 1.11,
+    Algorithm.WEIGHTED_SCORE: 0.668,
 }
 """Under ``Reject``: what predicted latencies are multiplied by in the common check.
 

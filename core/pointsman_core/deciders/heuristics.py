@@ -121,8 +121,8 @@ class LatencyQualityGreedy:
 class ScoreWeights:
     """What counts how much; not negative, of any sum, for they are normalised to 1."""
 
-    quality: float = 0.481
-    latency: float = 0.519
+    quality: float = 0.385
+    latency: float = 0.615
     load: float = 0.0
 
     def normalised(self) -> tuple[float, float, float]:
