@@ -207,15 +207,15 @@ def encode(
     endpoint = _endpoints(seen, impact, sums, value=value, limit=limit)
     request = _requests(seen, endpoint, limit=limit, groups=groups)
     resident = _residents(seen, impact, left=left, used=used, limit=limit)
-    running, waiting = np.flatnonzero(runs), np.flatnonzero(~runs)
+    running, waiting = runs.nonzero()[0], (~runs).nonzero()[0]
     where = seen.resident_candidate
     analytic = np.empty((len(value), 3), np.float32)
     analytic[:, 0], analytic[:, 1], analytic[:, 2] = impact.in_time, impact.others, value
     return GraphArrays(
         request=request,
         endpoint=_rows(endpoint),
-        running=resident[running],
-        waiting=resident[waiting],
+        running=resident.take(running, axis=0),
+        waiting=resident.take(waiting, axis=0),
         running_endpoint=where[running],
         waiting_endpoint=where[waiting],
         eligible=seen.eligible,

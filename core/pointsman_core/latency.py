@@ -66,31 +66,32 @@ def forecast(seen: Observation, *, interference: float = INTERFERENCE) -> Latenc
     """Predict latencies for each choice."""
     load = _Load.of(seen)
     where = seen.resident_candidate
-    before, after = _step_times(seen, load, interference)
-    started = seen.resident_output_tokens > 0
-    left = seen.resident_expected_output - np.where(started, seen.resident_output_tokens, 1.0)
-
-    # Prefill that is under way, and the new request's: with it if that can start at once.
-    early = _Prefill.of(seen, load, tokens=load.to_prefill, context=load.context, step=before)
+    waits = seen.resident_output_tokens == 0.0
+    left = seen.resident_expected_output - np.maximum(seen.resident_output_tokens, 1.0)
     own_start, start = _starts(seen, load, left)
-    at_once = own_start == 0.0
-    tokens = np.where(at_once, load.to_prefill, 0.0) + seen.prompt_tokens
-    late = _Prefill.of(seen, load, tokens=tokens, context=load.joined_context, step=after)
-    kept = early.steps * ~at_once
 
-    first = own_start + late.steps
+    # Prefill under way, and the new request's: with the former if that can start at once.
+    at_once = own_start == 0.0
+    pace = _Pace.of(seen, load, load.to_prefill * at_once + seen.prompt_tokens, interference)
+    before, after = pace.step_s
+    early_steps, late_steps = pace.prefill_steps
+    early_slower, late_slower = pace.slower_s
+    kept = early_steps * ~at_once
+
+    first = own_start + late_steps
     last = first + np.maximum(seen.output_tokens - 1.0, 0.0)
-    lead = seen.waited_s + own_start * before + np.minimum(own_start, kept) * early.slower_s
-    first_token = lead + late.steps * (after + late.slower_s)
+    lead = seen.waited_s + own_start * before + np.minimum(own_start, kept) * early_slower
+    first_token = lead + late_steps * (after + late_slower)
     total = first_token + (last - first) * after
 
-    end = start + left + np.where(started, 0.0, early.steps[where])
+    end = start + left + early_steps[where] * waits
     elapsed = seen.resident_elapsed_s + end * before[where]
     shared = np.maximum(np.minimum(end, last[where]) - own_start[where], 0.0)
     joined = elapsed + shared * (after - before)[where]
-    joined += np.minimum(end, kept[where]) * early.slower_s[where]
-    joined += np.minimum(shared, late.steps[where]) * late.slower_s[where]
-    alone = elapsed + np.minimum(end, early.steps[where]) * early.slower_s[where]
+    slower = early_slower[where]
+    joined += np.minimum(end, kept[where]) * slower
+    joined += np.minimum(shared, late_steps[where]) * late_slower[where]
+    alone = elapsed + np.minimum(end, early_steps[where]) * slower
     return LatencyForecast(
         first_token_s=first_token,
         per_token_s=total / seen.output_tokens,
@@ -101,75 +102,103 @@ def forecast(seen: Observation, *, interference: float = INTERFERENCE) -> Latenc
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """What is on each endpoint; all (E,)."""
+    """What is on each endpoint; all (E,), or (2, E): without the new request, and with it."""
 
     own: FloatArray
     """Requests of ours."""
     share: FloatArray
     """Present requests per one of ours: foreign ones are taken to be like ours."""
     present: FloatArray
-    context: FloatArray
-    """Tokens of context of those that run, on average over the rest of their lives."""
-    joined_context: FloatArray
-    """The same while the new request runs."""
-    to_prefill: FloatArray
-    """Tokens of prompts that are not computed yet."""
+    """(2, E)"""
     slots: FloatArray
     """Sequences that run at once."""
     running: FloatArray
-    """Those of the present that do."""
+    """(2, E) those of the present that do."""
+    context: FloatArray
+    """(2, E) their tokens of context: on average over the rest of the lives of those that run,
+    and while the new request runs."""
+    to_prefill: FloatArray
+    """Tokens of prompts that are not computed yet."""
+    mean_prompt: FloatArray
+    """Tokens."""
+    rate: FloatArray
+    """Requests that end per step, were all of ours to run."""
     room: FloatArray
     """Tokens of prompt that fit into an iteration beside the decodes."""
 
     @classmethod
     def of(cls, seen: Observation) -> "_Load":
-        own = seen.per_candidate(np.ones_like(seen.resident_limit_s))
-        present = own + seen.foreign
-        share = np.where(own > 0, present / np.maximum(own, 1.0), 1.0)
+        own = seen.present()
+        some = np.maximum(own, 1.0)
+        present = np.empty((2, len(own)))
+        here = np.add(own, seen.foreign, out=present[0])
+        np.add(here, 1.0, out=present[1])
+        share = np.where(own > 0, here / some, 1.0)
+
         new_context = seen.prompt_tokens + 0.5 * seen.output_tokens
-        so_far = seen.resident_output_tokens
-        mean = seen.resident_prompt_tokens + 0.5 * (so_far + seen.resident_expected_output)
-        held = seen.per_candidate(mean) * share
+        so_far, expected = seen.resident_output_tokens, seen.resident_expected_output
+        prompt = seen.resident_prompt_tokens
+        held = seen.per_candidate(prompt + 0.5 * (so_far + expected)) * share
         # Where only foreign requests are, they are taken to be like the new one.
         held = np.where(own > 0, held, seen.foreign * new_context)
-        waiting = np.where(so_far > 0, 0.0, seen.resident_prompt_tokens)
-        fit = seen.cost.kv_capacity_tokens * (present + 1.0) / (held + new_context)
+
+        fit = seen.cost.kv_capacity_tokens * present[1] / (held + new_context)
         slots = np.floor(np.maximum(np.minimum(seen.cost.max_sequences, fit), 1.0))
         running = np.minimum(present, slots)
-        mean_held = held / np.maximum(present, 1.0)
+        mean_held = held / np.maximum(here, 1.0)
+        context = np.empty_like(present)
+        np.multiply(mean_held, running[0], out=context[0])
+        np.add(mean_held * (running[1] - 1.0), new_context, out=context[1])
         return cls(
             own=own,
             share=share,
             present=present,
-            context=mean_held * running,
-            joined_context=mean_held * np.minimum(present, slots - 1.0) + new_context,
-            to_prefill=seen.per_candidate(waiting),
             slots=slots,
             running=running,
-            room=np.maximum(seen.cost.max_batched_tokens - running, 1.0),
+            context=context,
+            to_prefill=seen.per_candidate(prompt * (so_far == 0.0)),
+            mean_prompt=seen.per_candidate(prompt) / some,
+            rate=own * here / np.maximum(seen.per_candidate(expected), 1.0),
+            room=np.maximum(seen.cost.max_batched_tokens - running[0], 1.0),
         )
 
 
-def _step_times(
-    seen: Observation, load: _Load, interference: float
-) -> tuple[FloatArray, FloatArray]:
-    """(E,) seconds of a step without and with the new request."""
-    # Requests to come: as many per step as will have left, each with the mean prompt.
-    lengths = np.maximum(seen.per_candidate(seen.resident_expected_output), 1.0)
-    rate = load.own * load.present / lengths
-    prompt = seen.per_candidate(seen.resident_prompt_tokens) / np.maximum(load.own, 1.0)
-    chunk = np.minimum(prompt, load.room)
-    mixed = interference * np.minimum(rate * np.maximum(prompt / load.room, 1.0), 1.0)
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How long steps last; all (2, E): without the new request, and with it."""
 
-    def seconds(running: FloatArray, context: FloatArray) -> FloatArray:
-        held = np.minimum(context, seen.cost.kv_capacity_tokens)
-        step = seen.cost.iteration_s(tokens=running, context_tokens=held)
-        with_chunk = seen.cost.iteration_s(tokens=running + chunk, context_tokens=held)
-        result: FloatArray = step + mixed * (with_chunk - step)
-        return result
+    step_s: FloatArray
+    """Seconds of a step without the prefill of those that are there."""
+    prefill_steps: FloatArray
+    """Steps that carry a chunk of a prompt, of one that is there or the new one."""
+    slower_s: FloatArray
+    """How much longer such a step is."""
 
-    joined = np.minimum(load.present + 1.0, load.slots)
-    return seconds(load.running, load.context), seconds(joined, load.joined_context)
+    @classmethod
+    def of(
+        cls, seen: Observation, load: _Load, late_tokens: FloatArray, interference: float
+    ) -> "_Pace":
+        """``late_tokens`` (E,) are to be prefilled once the new request has started."""
+        room = load.room
+        tokens = np.empty_like(load.present)
+        tokens[0], tokens[1] = load.to_prefill, late_tokens
+        # Iterations that only decode, with a chunk of those to come, with one of these tokens:
+        # one call for all of them costs little more than one for each.
+        batch = np.empty((3, *tokens.shape))
+        batch[0] = load.running
+        np.add(load.running, np.minimum(load.mean_prompt, room), out=batch[1])
+        np.add(load.running[0], np.minimum(tokens, room), out=batch[2])
+        held = np.minimum(load.context, seen.cost.kv_capacity_tokens)
+        decode, coming, chunk = seen.cost.iteration_s(tokens=batch, context_tokens=held)
+        # Requests to come: as many per step as will have left, each with the mean prompt.
+        chunks = np.maximum(load.mean_prompt / room, 1.0)
+        mixed = interference * np.minimum(load.rate * chunks, 1.0)
+        step = decode + mixed * (coming - decode)
+        return cls(
+            step_s=step,
+            prefill_steps=np.maximum(tokens / room, tokens > 0),  # one at least, if any
+            slower_s=np.maximum(chunk - step, 0.0),
+        )
 
 
 def _starts(seen: Observation, load: _Load, left: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -178,10 +207,10 @@ def _starts(seen: Observation, load: _Load, left: FloatArray) -> tuple[FloatArra
     Where requests wait, each start is the lesser of two upper bounds: all the work ahead
     shared by the whole batch, and, for the k-th to wait, the k-th end of those that run.
     """
-    own, others = np.zeros_like(load.own), np.zeros_like(left)
+    own, others = np.zeros(len(load.own)), np.zeros(len(left))
     # Only full endpoints are looked at: the longest queue pads all columns below.
-    full = load.present + 1.0 > load.slots
-    if not full.any():
+    full = load.present[1] > load.slots
+    if not np.count_nonzero(full):
         return own, others
     there = np.flatnonzero(full[seen.resident_candidate])
     lane = (np.cumsum(full) - 1)[seen.resident_candidate[there]]
@@ -201,7 +230,7 @@ def _starts(seen: Observation, load: _Load, left: FloatArray) -> tuple[FloatArra
     soonest = np.minimum(np.take_along_axis(ends, kth, axis=0), ahead)
     start = np.where(number * share < slots, 0.0, soonest)
     # Of foreign requests nothing is known: each that is too many waits for one to end.
-    too_many = np.maximum(load.present[full] + 1.0 - slots, 0.0)
+    too_many = np.maximum(load.present[1][full] - slots, 0.0)
     only_foreign = too_many * seen.output_tokens[full]
     own[full] = np.where(count > 0, start[count, np.arange(len(count))], only_foreign / slots)
     others[there] = start[place, lane]

@@ -56,7 +56,7 @@ class CostColumns:
         return cls(**columns)
 
     def iteration_s(self, *, tokens: FloatArray, context_tokens: FloatArray) -> FloatArray:
-        """(E,) seconds of one iteration; the same formula as `CostModel.iteration_seconds`."""
+        """(…, E) seconds of one iteration; the formula of `CostModel.iteration_seconds`."""
         compute = self.compute_s_per_token * tokens
         memory = self.weights_s + self.context_s_per_token * context_tokens
         return self.overhead_s + np.maximum(compute, memory)
@@ -86,9 +86,8 @@ class RoutingTable:
         """
         entries, candidates = [], []
         for layer in self._layers:
-            known = rows < len(layer)
-            found = np.where(known, layer[np.where(known, rows, 0)], -1)
-            hit = np.flatnonzero(found >= 0)
+            found = layer.take(rows, mode="clip")
+            hit = (found >= 0).nonzero()[0]
             entries.append(hit)
             candidates.append(found[hit])
         if len(entries) == 1:
@@ -97,8 +96,11 @@ class RoutingTable:
 
 
 def _candidate_layers(rows: IntArray) -> list[IntArray]:
-    """Arrays row -> candidate (-1: none); a further layer for each endpoint shared again."""
-    layers: list[IntArray] = [np.full(int(rows.max(initial=-1)) + 1 or 1, -1, np.int64)]
+    """Arrays row -> candidate (-1: none); a further layer for each endpoint shared again.
+
+    Their last entry is -1 and stands for all rows from there on.
+    """
+    layers: list[IntArray] = [np.full(int(rows.max(initial=-1)) + 2, -1, np.int64)]
     for candidate, row in enumerate(rows):
         layer = next((la for la in layers if la[row] < 0), None)
         if layer is None:
@@ -143,6 +145,10 @@ class Observation:
 
     learned: BoolArray | None = None
     """(E,) whether ``quality`` was learned from data; else, and by None, it was declared."""
+
+    def present(self) -> FloatArray:
+        """(E,) requests there."""
+        return np.bincount(self.resident_candidate, minlength=len(self.quality)).astype(np.float64)
 
     def per_candidate(self, values: FloatArray | BoolArray) -> FloatArray:
         """(R,) values of the requests there, summed to (E,)."""
@@ -199,7 +205,7 @@ def _tokens_so_far(
     """
     seen = residents.output_tokens[entry]
     whole = (residents.streams[entry] == 0) & (seen == 0)
-    if not whole.any():
+    if not np.count_nonzero(whole):
         return seen
     size = len(table.candidates)
     batch = np.bincount(candidate, minlength=size).astype(np.float64)
@@ -221,7 +227,7 @@ def _eligible(table: RoutingTable, state: StateView, request: Request) -> BoolAr
     ready: BoolArray = state.ready()[table.rows]
     needed = request.prompt_tokens + (request.max_output_tokens or 1)
     fits = ready & (table.context_limit >= needed)
-    if fits.any() or not ready.any():
+    if np.count_nonzero(fits) or not np.count_nonzero(ready):
         return fits
     roomiest: BoolArray = ready & (table.context_limit == table.context_limit[ready].max())
     return roomiest

@@ -13,7 +13,7 @@ from pointsman_core.observation import Observation, Request, RoutingTable, obser
 from pointsman_core.prediction import Predictor
 from pointsman_core.resources import Admission, Algorithm
 from pointsman_core.snapshot import Candidate, Snapshot
-from pointsman_core.state import Admitted, BoolArray, FloatArray, IntArray, StateView
+from pointsman_core.state import Admitted, BoolArray, FloatArray, StateView
 
 
 class Rejection(StrEnum):
@@ -86,7 +86,7 @@ class Router:
         seen = self.observe(request, now_s=now_s)
         algorithm, scores, failure = self._score(seen)
         in_time, acceptable = self._admission(algorithm, seen, scores)
-        best, order = self._rank(seen, scores, acceptable)
+        best, next_best = self._rank(seen, scores, acceptable)
         rejection = _rejection(best, acceptable)
         chosen = None if rejection or best is None else self.table.candidates[best]
         if rejection or best is None:
@@ -97,7 +97,7 @@ class Router:
             snapshot=self.snapshot,
             algorithm=algorithm,
             chosen=chosen,
-            retry_on=self._retry_targets(order) if chosen is not None else (),
+            retry_on=() if chosen is None else next_best,
             why=why if failure is None else f"{why} (fallback: {failure})",
             scores=scores.values,
             eligible=seen.eligible,
@@ -120,7 +120,8 @@ class Router:
 
     def _score(self, seen: Observation) -> tuple[Algorithm, Scores, str | None]:
         """Score by the policy's algorithm, by its fallback when that one fails."""
-        if not seen.eligible.any():  # nothing to decide, and no decider need cope with it
+        # Then there is nothing to decide, and no decider need cope with it.
+        if not np.count_nonzero(seen.eligible):
             return self.snapshot.algorithm, Scores(np.zeros_like(seen.quality)), None
         try:
             scores = self._decider.score(seen)
@@ -135,25 +136,24 @@ class Router:
 
     def _rank(
         self, seen: Observation, scores: Scores, acceptable: BoolArray | None
-    ) -> tuple[int | None, IntArray]:
-        """Best eligible candidate, and all eligible ones in order.
+    ) -> tuple[int | None, tuple[Candidate, ...]]:
+        """Best eligible candidate, and those to be named after it.
 
         Equals are drawn by lot, among the acceptable ones if there are any: a full replica
         must not cost a request that another one of the same score could take.
         """
-        eligible = np.flatnonzero(seen.eligible)
+        eligible = seen.eligible.nonzero()[0]
         if not len(eligible):
-            return None, eligible
+            return None, ()
         values = scores.values[eligible]
-        ties = eligible[values == values.max()]
+        order = (-values).argsort(kind="stable")
+        ties = eligible[values == values[order[0]]]
         if acceptable is not None and acceptable[ties].any():
             ties = ties[acceptable[ties]]
         best = int(ties[0] if len(ties) == 1 else self._rng.choice(ties))
-        others = eligible[np.argsort(-values, kind="stable")]
-        return best, np.concatenate([[best], others[others != best]])
-
-    def _retry_targets(self, order: IntArray) -> tuple[Candidate, ...]:
-        return tuple(self.table.candidates[i] for i in order[1 : 1 + MAX_RETRY_TARGETS])
+        leading = eligible[order[: 1 + MAX_RETRY_TARGETS]].tolist()
+        others = [candidate for candidate in leading if candidate != best]
+        return best, tuple(self.table.candidates[i] for i in others[:MAX_RETRY_TARGETS])
 
     def _admission(
         self, algorithm: Algorithm, seen: Observation, scores: Scores
@@ -187,8 +187,7 @@ def _rejection(best: int | None, acceptable: BoolArray | None) -> Rejection | No
 def _check(scores: Scores, seen: Observation) -> None:
     if scores.values.shape != seen.quality.shape:
         raise ValueError(f"{scores.values.shape[0]} scores for {len(seen.quality)} candidates")
-    for name in ("in_time", "acceptable"):
-        said = getattr(scores, name)
+    for name, said in (("in_time", scores.in_time), ("acceptable", scores.acceptable)):
         if said is not None and said.shape != seen.quality.shape:
             raise ValueError(f"{name} has the shape {said.shape}")
     for name, values in scores.parts.items():
@@ -221,12 +220,13 @@ def _is_learned(seen: Observation, best: int | None) -> bool:
 
 
 def _explain(algorithm: Algorithm, seen: Observation, scores: Scores, best: int) -> str:
-    parts = "".join(f", {name} {values[best]:.3f}" for name, values in scores.parts.items())
+    # As Python's own numbers: NumPy's take several times as long to format and to add up.
+    parts = "".join(f", {name} {values.item(best):.3f}" for name, values in scores.parts.items())
     text = (
-        f"{algorithm}: score {scores.values[best]:.3f}, expected quality {seen.quality[best]:.2f}"
-        f"{_source(seen, best)}{parts},"
-        f" {int(seen.eligible.sum())} of {len(seen.eligible)} endpoints eligible"
+        f"{algorithm}: score {scores.values.item(best):.3f},"
+        f" expected quality {seen.quality.item(best):.2f}{_source(seen, best)}{parts},"
+        f" {np.count_nonzero(seen.eligible)} of {len(seen.eligible)} endpoints eligible"
     )
     if scores.in_time is None:
         return text
-    return f"{text}, {int((scores.in_time & seen.eligible).sum())} in time"
+    return f"{text}, {np.count_nonzero(scores.in_time & seen.eligible)} in time"

@@ -84,7 +84,17 @@ class Residents:
 
     def head(self, count: int) -> "Residents":
         """Views of the first ``count`` entries."""
-        return Residents(**{name: array[:count] for name, array in self.columns()})  # type: ignore[arg-type]
+        # Named one by one: this is asked at every decision.
+        return Residents(
+            self.row[:count],
+            self.arrival_s[:count],
+            self.prompt_tokens[:count],
+            self.expected_output_tokens[:count],
+            self.output_tokens[:count],
+            self.streams[:count],
+            self.limit_s[:count],
+            self.quality[:count],
+        )
 
     def grown(self) -> "Residents":
         """A copy with twice the capacity."""
@@ -134,7 +144,7 @@ class LiveState:
         self._free_rows: list[int] = []
         self._left: set[str] = set()
         self._ready = np.zeros(0, np.bool_)
-        self._foreign = np.zeros((0, 2))
+        self._foreign = np.zeros((2, 0))  # by the last scrape but one, and by the last
         self._kv_usage = np.zeros(0)
         self._gauges_at = np.zeros(0)
         self._loads: dict[str, EngineLoad] = {}
@@ -185,13 +195,13 @@ class LiveState:
         if not self._free_rows:
             self._free_rows.append(self.rows)
             self._ready = np.append(self._ready, False)
-            self._foreign = np.vstack([self._foreign, np.zeros((1, 2))])
+            self._foreign = np.hstack([self._foreign, np.zeros((2, 1))])
             self._kv_usage = np.append(self._kv_usage, np.nan)
             self._gauges_at = np.append(self._gauges_at, -np.inf)
         row = self._free_rows.pop()
         self._row_of[address] = row
         self._ready[row] = True
-        self._foreign[row] = 0.0
+        self._foreign[:, row] = 0.0
         self._kv_usage[row] = np.nan
         self._gauges_at[row] = -np.inf
 
@@ -224,8 +234,8 @@ class LiveState:
             return
         own = self.in_flight(address)
         self._note_surplus(address, own - load.running - load.waiting, now_s)
-        self._foreign[row, 0] = self._foreign[row, 1]
-        self._foreign[row, 1] = max(0, load.running + load.waiting - own)
+        self._foreign[0, row] = self._foreign[1, row]
+        self._foreign[1, row] = max(0, load.running + load.waiting - own)
         self._kv_usage[row] = np.nan if load.kv_usage is None else load.kv_usage
         self._gauges_at[row] = now_s
         self._loads[address] = load
@@ -263,7 +273,7 @@ class LiveState:
         be counted there; zero when the gauges are stale.
         """
         fresh = now_s - self._gauges_at <= GAUGES_STALE_AFTER_S
-        return np.where(fresh, self._foreign.min(axis=1), 0.0)
+        return np.where(fresh, np.minimum(self._foreign[0], self._foreign[1]), 0.0)
 
     def kv_usage(self, *, now_s: float) -> FloatArray:
         """(rows,) share of the KV cache in use, NaN where unknown or stale."""

@@ -72,8 +72,8 @@ def expected_impact(seen: Observation, parameters: ImpactParameters = TUNED) -> 
     if np.isfinite(seen.first_token_limit_s):
         first = _chance(predicted.first_token_s, seen.first_token_limit_s, parameters)
         chance = np.minimum(chance, first)
-    before = _chance(predicted.resident_before_s, seen.resident_limit_s, parameters)
-    after = _chance(predicted.resident_after_s, seen.resident_limit_s, parameters)
+    both = np.array([predicted.resident_before_s, predicted.resident_after_s])
+    before, after = _chance(both, seen.resident_limit_s, parameters)
     return Impact(
         in_time=chance,
         own=seen.quality * chance,

@@ -95,7 +95,8 @@ class _Exporter:
         g = self.graph
         number = g.node("Shape", "eligible")  # (1,)
         waits = g.node("Add", "waiting_endpoint", number)
-        self.where = g.unsqueeze(g.node("Concat", "running_endpoint", waits, axis=0), 1)  # (R, 1)
+        self.where = g.node("Concat", "running_endpoint", waits, axis=0)  # (R,)
+        self.where_rows = g.unsqueeze(self.where, 1)  # (R, 1)
         places = g.node("Mul", number, g.constant(np.array([2]), np.int64))
         columns = g.constant(np.array([self.width + self.heads]), np.int64)
         shape = g.node("Concat", places, columns, axis=0)
@@ -150,9 +151,9 @@ class _Exporter:
         told, asks = g.split(product, (d, heads))
 
         targets = g.node("Concat", runs_at, waits_at, axis=0)  # (2E, heads)
-        at = g.node("GatherND", targets, self.where)  # (R, heads)
+        at = g.node("Gather", targets, self.where, axis=0)  # (R, heads)
         weighted = self._weighted(conv, resident[0], resident[1], at)  # (R, d + heads)
-        total = g.node("ScatterND", self.nothing, self.where, weighted, reduction="add")
+        total = g.node("ScatterND", self.nothing, self.where_rows, weighted, reduction="add")
         present = self._mean(total)  # (2E, d)
         weighted = self._weighted(conv, message, score, asks)  # (E, d + heads)
         request = self._mean(g.node("MatMul", self.eligible, weighted))  # (1, d)

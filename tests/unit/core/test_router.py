@@ -9,7 +9,7 @@ from pointsman_core.deciders import Scores
 from pointsman_core.resources import Admission, Algorithm, QualityPriors
 from pointsman_core.router import Rejection
 
-A, B, C, D = (f"10.0.0.{i}:8000" for i in range(1, 5))
+A, B, C, D, E = (f"10.0.0.{i}:8000" for i in range(1, 6))
 
 
 @pytest.fixture
@@ -116,6 +116,18 @@ class TestTies:
             decision = router.decide(build.request(), now_s=0.0)
             named = [decision.chosen, *decision.retry_on]
             assert sorted(c.address for c in named) == [A, B, C]
+
+    def test_whichever_of_many_equals_is_drawn_two_others_are_named_for_retries(self, build):
+        router, _ = build.router(
+            build.expert("a", A, B, C, D, E), algorithm=Algorithm.SHORTEST_QUEUE
+        )
+        drawn = set()
+        for _ in range(60):
+            decision = router.decide(build.request(), now_s=0.0)
+            named = [c.address for c in (decision.chosen, *decision.retry_on)]
+            assert len(set(named)) == len(named) == 3
+            drawn.add(decision.chosen.address)
+        assert drawn == {A, B, C, D, E}
 
     def test_the_same_seed_draws_the_same(self, site, build):
         def picks(seed):
