@@ -113,6 +113,7 @@ def run(todo: Sequence[Task], *, jobs: int, ray: bool = False) -> Iterator[Made]
 
     Raises:
         ModuleNotFoundError: ``ray`` is asked for and not installed.
+        ConfigError: it does not start.
 
     """
     if ray:
@@ -148,7 +149,13 @@ def _on_ray(todo: Sequence[Task]) -> Iterator[Made]:
     """The same function on a Ray cluster; files go to a folder that all nodes share."""
     import ray  # type: ignore[import-not-found, unused-ignore]
 
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    try:
+        ray.init(ignore_reinit_error=True, log_to_driver=False)
+    except Exception as error:  # what Ray raises has no common base
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            f"Ray does not start ({said}); docs/training.md tells of a cause"
+        ) from None
     remote = ray.remote(num_cpus=1)(work)
     waiting = [remote.remote(task) for task in todo]
     while waiting:

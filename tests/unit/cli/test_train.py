@@ -1,6 +1,8 @@
 """``pointsman train``: options and messages; the run itself is tested with the trainer."""
 
 import json
+import sys
+from types import ModuleType
 
 import pytest
 import yaml
@@ -77,9 +79,21 @@ def test_cuda_needs_a_device(tmp_path, monkeypatch):
 
 
 def test_ray_is_an_extra(tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "ray", None)
     result = invoke("--ray", "--output", tmp_path / "out")
     assert result.exit_code == 2
     assert "pip install 'pointsman[ray]'" in result.stderr
+
+
+def test_ray_that_does_not_start_is_told(tmp_path, monkeypatch):
+    def init(**_):
+        raise RuntimeError("The current node timed out\nduring startup.")
+
+    broken = ModuleType("ray")
+    broken.init = init
+    monkeypatch.setitem(sys.modules, "ray", broken)
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    result = invoke("--ray", "--config", config, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "error: Ray does not start: The current node timed out during startup." in result.stderr
