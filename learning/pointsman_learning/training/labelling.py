@@ -151,10 +151,11 @@ def _on_ray(todo: Sequence[Task]) -> Iterator[Made]:
 
     try:
         ray.init(ignore_reinit_error=True, log_to_driver=False)
-    except Exception as error:  # what Ray raises has no common base
+    # What Ray raises has no common base.
+    except Exception as error:  # noqa: BLE001
         said = " ".join(str(error).split())
         raise ConfigError(
-            f"Ray does not start ({said}); docs/training.md tells of a cause"
+            f"Ray does not start: {said} (docs/training.md tells of one cause)"
         ) from None
     remote = ray.remote(num_cpus=1)(work)
     waiting = [remote.remote(task) for task in todo]
