@@ -5,7 +5,7 @@ endpoints are not eligible and padded requests are on endpoint -1, so that nothi
 reaches a real one: an answer does not depend on a graph's batch-mates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
@@ -85,7 +85,7 @@ class GraphStore:
     """(3, N + 1) where each graph's endpoints, running and waiting requests start."""
 
     @classmethod
-    def of(cls, graphs: Sequence[GraphArrays]) -> Self:
+    def of(cls, graphs: Iterable[GraphArrays]) -> Self:
         """Gather graphs; those encoded in groups are taken apart.
 
         Raises:

@@ -69,6 +69,32 @@ class Result:
     """False: it ran out of time, and may be resumed."""
 
 
+@dataclass(slots=True)
+class _Patience:
+    """Ends a stage after so many judgements without a better one *of this stage*.
+
+    A stage begins anew with a high learning rate, so for a while it may well be worse than
+    the best of the stage before.
+    """
+
+    limit: int
+    best: float = -np.inf
+    worse: int = 0
+
+    def judged(self, score: float) -> None:
+        """Take a judgement into account."""
+        self.worse = 0 if score > self.best else self.worse + 1
+        self.best = max(self.best, score)
+
+    @property
+    def over(self) -> bool:
+        return self.worse >= self.limit
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"best": self.best, "worse": self.worse}
+
+
 class Trainer:
     """One run in one folder."""
 
@@ -209,9 +235,9 @@ class Trainer:
         )
         if self._stage_state:
             optimiser.load_state_dict(self._stage_state["optimiser"])
-        worse = int(self._stage_state.get("worse", 0))
+        patience = _Patience(options.patience, **self._stage_state.get("patience", {}))
         steps = max(1, options.epochs * len(train) // options.batch)
-        while self.number < options.epochs and worse < options.patience:
+        while self.number < options.epochs and not patience.over:
             step = self.number * len(train) // options.batch
             rng = np.random.default_rng([self.config.seed, 80, STAGES.index(stage), self.number])
             for numbers in batches(states, train, rng, options.batch):
@@ -225,9 +251,8 @@ class Trainer:
                 step += 1
             self.number += 1
             found = held_out(self.network, states, held, options, self.config.device)
-            better = self._judge(asdict(found), epochs=options.epochs)
-            worse = 0 if better else worse + 1
-            self._checkpoint({"optimiser": optimiser.state_dict(), "worse": worse})
+            patience.judged(self._judge(asdict(found), epochs=options.epochs))
+            self._checkpoint({"optimiser": optimiser.state_dict(), "patience": patience.state()})
         self.network.load_state_dict(self._best["weights"])
         checkpoints.save_network(self.folder / "warm.pt", self.network)
         self._enter(then)
@@ -243,14 +268,13 @@ class Trainer:
         train, _ = self._split(states)
         torch.manual_seed(config.seed)  # a resumed run has drawn other numbers before
         learner = Learner(self.network, options, device=config.device)
-        worse = 0
+        patience = _Patience(options.patience, **self._stage_state.get("patience", {}))
         if self._stage_state:
             learner.restore(self._stage_state["learner"])
-            worse = int(self._stage_state["worse"])
         replay = Replay(options.replay)
         for number in range(self.number):
             replay.add(Experience.load(self._replay_file(number)))
-        while self.number < options.rounds and worse < options.patience:
+        while self.number < options.rounds and not patience.over:
             fresh = collect(
                 self.network,
                 config.domain,
@@ -273,11 +297,9 @@ class Trainer:
                     extra = options.label_weight * losses(out, batch, config.warm).value
                 found.append(learner.update(replay.draw(rng, options.batch), extra))
             self.number += 1
-            better = self._judge(
-                mean_of(found) | {"reward": float(fresh.reward.mean())}, epochs=options.rounds
-            )
-            worse = 0 if better else worse + 1
-            self._checkpoint({"learner": learner.state(), "worse": worse})
+            measured = mean_of(found) | {"reward": float(fresh.reward.mean())}
+            patience.judged(self._judge(measured, epochs=options.rounds))
+            self._checkpoint({"learner": learner.state(), "patience": patience.state()})
         self._enter(DONE)
 
     def _replay_file(self, number: int) -> Path:
@@ -292,8 +314,8 @@ class Trainer:
             self._base = self.validation.baseline()
         return self._base
 
-    def _judge(self, measured: Mapping[str, float], *, epochs: int) -> bool:
-        """Play the validation windows; keeps the weights if they are the best so far.
+    def _judge(self, measured: Mapping[str, float], *, epochs: int) -> float:
+        """Play the validation windows: the gain in per cent; keeps the best weights so far.
 
         By predicted quality: actual scores are a noisier view of what the policy can know.
         """
@@ -322,7 +344,7 @@ class Trainer:
         text = f"validation {score:+.2f} % over ImpactGreedy by predicted quality"
         text += f", {row.gain.mean:+.2f} % by actual{', best so far' if better else ''}"
         self._report(Event(self.stage, text, self.number, epochs))
-        return better
+        return float(score)
 
     @property
     def _seconds(self) -> float:

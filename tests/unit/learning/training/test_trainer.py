@@ -142,6 +142,23 @@ def test_learning_beats_noise(config, tmp_path):
     assert checkpoints.load(tmp_path / "checkpoint.pt")["best"]["score"] == np.max(seen)
 
 
+def test_each_stage_has_a_patience_of_its_own(two_rounds, tmp_path, monkeypatch):
+    """A stage that begins below the best of the one before is given its time all the same."""
+    content = two_rounds.model_dump()
+    content["warm"] |= {"epochs": 4, "patience": 2}
+    content["sac"]["rounds"] = 0
+    scores = iter([3.0, 2.0, 1.0, *(0.5, 1.0, 0.7, 1.5)])
+    judged = []
+
+    def judge(trainer, measured, *, epochs):
+        judged.append(trainer.stage)
+        return next(scores)
+
+    monkeypatch.setattr(Trainer, "_judge", judge)
+    assert run(TrainConfig.parse(content, source="test"), tmp_path).finished
+    assert judged == ["warm start"] * 3 + ["second round"] * 4
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
