@@ -150,7 +150,7 @@ def test_each_stage_has_a_patience_of_its_own(two_rounds, tmp_path, monkeypatch)
     scores = iter([3.0, 2.0, 1.0, *(0.5, 1.0, 0.7, 1.5)])
     judged = []
 
-    def judge(trainer, measured, *, epochs):
+    def judge(trainer, *_, **__):
         judged.append(trainer.stage)
         return next(scores)
 
