@@ -38,6 +38,8 @@ from pointsman_learning.training.warm import (
 WARM, AGAIN, SAC, DONE = "warm start", "second round", "soft actor-critic", "done"
 STAGES = (WARM, AGAIN, SAC, DONE)
 SECOND_ROUND_SEED = 100_000_000
+SECOND_RATE = 0.3
+"""Of the first round's learning rate."""
 
 
 class OutOfTime(Exception):  # noqa: N818 - an outcome, not an error
@@ -150,7 +152,8 @@ class Trainer:
                 self._regress(self._labels(1), AGAIN)
             if self.stage == AGAIN:
                 if self.config.labels.second_round:
-                    self._regress(self._labels(2), SAC)
+                    # Of the learned policy's own states only, in smaller steps.
+                    self._regress(self._labels(2, only=True), SAC, rate=SECOND_RATE)
                 else:
                     self._enter(SAC)
             if self.stage == SAC:
@@ -175,8 +178,8 @@ class Trainer:
 
     # --- labels ------------------------------------------------------------------------
 
-    def _labels(self, round_number: int) -> LabelledStates:
-        """All labels up to a round; those missing are made first."""
+    def _labels(self, round_number: int, *, only: bool = False) -> LabelledStates:
+        """All labels up to a round, or that round's only; those missing are made first."""
         config, options = self.config, self.config.labels
         first = options.shards * config.seed
         todo = labelling.tasks(
@@ -195,7 +198,8 @@ class Trainer:
                 policy=policy,
             )
         self._make(todo)
-        shards = [shard for folder in folders for shard in load_all(folder)]
+        wanted = folders[-1:] if only else folders
+        shards = [shard for folder in wanted for shard in load_all(folder)]
         if not shards:
             raise OutOfTime
         return LabelledStates(shards, config.credit)
@@ -225,12 +229,13 @@ class Trainer:
             raise ConfigError("labels: too few scenarios to keep some of them out of training")
         return np.flatnonzero(~held), np.flatnonzero(held)
 
-    def _regress(self, states: LabelledStates, then: str) -> None:
+    def _regress(self, states: LabelledStates, then: str, *, rate: float = 1.0) -> None:
         options, stage = self.config.warm, self.stage
+        highest = rate * options.learning_rate
         train, held = self._split(states)
         optimiser = torch.optim.AdamW(
             self.network.parameters(),
-            lr=options.learning_rate,
+            lr=highest,
             weight_decay=options.weight_decay,
         )
         if self._stage_state:
@@ -241,7 +246,7 @@ class Trainer:
             step = self.number * len(train) // options.batch
             rng = np.random.default_rng([self.config.seed, 80, STAGES.index(stage), self.number])
             for numbers in batches(states, train, rng, options.batch):
-                _set_rate(optimiser, options.learning_rate * _rate(step, steps))
+                _set_rate(optimiser, highest * _rate(step, steps))
                 batch = states.batch(numbers).to(self.config.device)
                 loss = losses(self.network(batch.graphs), batch, options).total(options)
                 optimiser.zero_grad()
