@@ -87,7 +87,7 @@ class LabelOptions(_Strict):
 
     shards: int = Field(120, ge=1)
     """Of `RolloutOptions.trunks` scenarios each."""
-    second_round: int = Field(60, ge=0)
+    second_round: int = Field(0, ge=0)
     """Shards made once more with the learned policy as the base; 0: none."""
     followed: int = Field(20, ge=0)
     """Decisions of a branch that the learned policy takes, before ImpactGreedy goes on."""
