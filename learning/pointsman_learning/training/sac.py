@@ -15,8 +15,11 @@ exactly: by draining a copy of the simulation. The credit is there at once, alth
 finish much later, and sums of it telescope to the QoS of all requests, so it shapes nothing.
 The plain reward, an ablation, is the QoS that a decision's own request had in the end.
 
-Values are the network's, which tell actions apart, plus a value of the state alone that is
-used in training only: the level of what is to come is a hundred times the differences.
+The level of what is to come is a hundred times the differences between actions. So values are
+split as in dueling networks (Wang et al., arXiv 1511.06581): a value of the state, used in
+training only, plus the network's values less their mean under the policy. An error of the
+level then moves, on average over the policy's actions, no difference between actions; and the
+soft value of a state is its level plus the temperature times the policy's entropy.
 """
 
 from collections.abc import Sequence
@@ -190,20 +193,20 @@ class Replay:
 # --- Learning --------------------------------------------------------------------------
 
 
-class Critic(nn.Module):
-    """The network's values plus twin values of the state alone."""
+class Level(nn.Module):
+    """Twin values of a state, from the request's features; they begin at 0."""
 
-    def __init__(self, network: HanNetwork) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.network = network
-        size = len(FEATURES["request"])
-        self.level = nn.Sequential(nn.Linear(size, 64), nn.ReLU(), nn.Linear(64, 2))
+        self.first = nn.Linear(len(FEATURES["request"]), 64)
+        self.last = nn.Linear(64, 2)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
 
-    def forward(self, batch: PaddedBatch) -> tuple[Output, Tensor]:
-        """The network's answer, and (2, B, E + 1) values of actions."""
-        out = self.network(batch)
-        level = self.level(batch.request).T.unsqueeze(-1)  # (2, B, 1)
-        return out, out.twin_q + level
+    def forward(self, batch: PaddedBatch) -> Tensor:
+        """(2, B)."""
+        level: Tensor = self.last(torch.relu(self.first(batch.request)))  # (B, 2)
+        return level.T
 
 
 def allowed(out: Output, may_reject: Tensor) -> Tensor:
@@ -213,11 +216,21 @@ def allowed(out: Output, may_reject: Tensor) -> Tensor:
     return valid
 
 
+def policy_of(logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, E + 1) probabilities, 0 where not valid, and finite logarithms of them."""
+    log_p = torch.log_softmax(logits.masked_fill(~valid, NEVER), dim=-1)
+    return torch.where(valid, log_p.exp(), 0.0), torch.where(valid, log_p, 0.0)
+
+
 def soft_value(values: Tensor, logits: Tensor, valid: Tensor, temperature: Tensor) -> Tensor:
     """(B,) sum over the valid actions of p (value - temperature log p)."""
-    log_p = torch.log_softmax(logits.masked_fill(~valid, NEVER), dim=-1)
-    terms = log_p.exp() * (values - temperature * log_p)
-    return torch.where(valid, terms, 0.0).sum(dim=-1)
+    p, log_p = policy_of(logits, valid)
+    return (p * (torch.where(valid, values, 0.0) - temperature * log_p)).sum(dim=-1)
+
+
+def advantages(twin_q: Tensor, p: Tensor) -> Tensor:
+    """(2, B, E + 1) values less their mean under the policy ``p`` (B, E + 1)."""
+    return twin_q - (p * twin_q).sum(dim=-1, keepdim=True)
 
 
 def target_entropy(valid: Tensor, share: float) -> Tensor:
@@ -237,20 +250,23 @@ class SacLosses:
 
 
 class Learner:
-    """Critic, its slow target, and the temperature."""
+    """The network, the level and its slow copy, and the temperature."""
 
     def __init__(self, network: HanNetwork, options: SacOptions, *, device: str = "cpu") -> None:
         self.options = options
         self.device = device
-        self.critic = Critic(network).to(device)
-        self.target = Critic(HanNetwork(network.config)).to(device)
-        self.target.load_state_dict(self.critic.state_dict())
+        self.network = network.to(device)
+        self.level = Level().to(device)
+        self.target = Level().to(device)
+        self.target.load_state_dict(self.level.state_dict())
+        self.mean_reward = 0.0  # taken off all rewards, so that levels stay near 0
         self.log_temperature = nn.Parameter(
             torch.tensor(float(np.log(options.temperature)), device=device)
         )
         self.optimiser = torch.optim.Adam(
             [
-                {"params": self.critic.parameters(), "lr": options.learning_rate},
+                {"params": self.network.parameters(), "lr": options.learning_rate},
+                {"params": self.level.parameters(), "lr": options.level_rate},
                 {"params": [self.log_temperature], "lr": options.learning_rate},
             ]
         )
@@ -258,54 +274,64 @@ class Learner:
     def losses(self, step: Step) -> SacLosses:
         """Critic, actor and temperature on one batch."""
         temperature = self.log_temperature.exp().detach()
-        with torch.no_grad():
-            now_policy = self.critic.network(step.then)
-            _, later = self.target(step.then)
-            valid = allowed(now_policy, step.may_reject)
-            ahead = soft_value(later.amin(dim=0), now_policy.logits, valid, temperature)
-            wanted = step.reward + self.options.discount * ahead
-        out, values = self.critic(step.now)
-        chosen = values.gather(2, step.action.expand(2, -1, -1)).squeeze(-1)  # (2, B)
-        critic = functional.huber_loss(chosen, wanted.expand_as(chosen))
+        out = self.network(step.now)
         valid = allowed(out, step.may_reject)
+        p, log_p = policy_of(out.logits, valid)
+        advantage = advantages(out.twin_q, p.detach())  # (2, B, E + 1)
+        done = advantage.gather(2, step.action.expand(2, -1, -1)).squeeze(-1)  # (2, B)
+        critic = functional.huber_loss(
+            self.level(step.now) + done, self._wanted(step, temperature).expand_as(done)
+        )
         least = out.twin_q.amin(dim=0).detach()
         actor = -soft_value(least, out.logits, valid, temperature).mean()
-        log_p = torch.log_softmax(out.logits.masked_fill(~valid, NEVER), dim=-1)
-        entropy = -torch.where(valid, log_p.exp() * log_p, 0.0).sum(dim=-1).detach()
+        entropy = -(p * log_p).sum(dim=-1).detach()
         surplus = entropy - target_entropy(valid, self.options.entropy)
         return SacLosses(critic, actor, self.log_temperature * surplus.mean(), entropy.mean())
 
+    def _wanted(self, step: Step, temperature: Tensor) -> Tensor:
+        """(B,) reward plus the discounted soft value of the next state."""
+        with torch.no_grad():
+            then = self.network(step.then)
+            p, log_p = policy_of(then.logits, allowed(then, step.may_reject))
+            ahead = self.target(step.then).amin(dim=0) - temperature * (p * log_p).sum(dim=-1)
+            wanted: Tensor = step.reward - self.mean_reward + self.options.discount * ahead
+        return wanted
+
     def update(self, step: Step, extra: Tensor | None = None) -> SacLosses:
-        """One gradient step, and one of the target; ``extra`` is a loss to be added."""
+        """One gradient step, and one of the level's copy; ``extra`` is a loss to be added."""
         found = self.losses(step.to(self.device))
         total = found.critic + found.actor + found.temperature
         if extra is not None:
             total = total + extra
         self.optimiser.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.critic.parameters(), 5.0)
+        nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
         self.optimiser.step()
         with torch.no_grad():
-            for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
+            for slow, fast in zip(self.target.parameters(), self.level.parameters(), strict=True):
                 slow.lerp_(fast, self.options.target_rate)
         return found
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs."""
         return {
-            "critic": self.critic.state_dict(),
+            "network": self.network.state_dict(),
+            "level": self.level.state_dict(),
             "target": self.target.state_dict(),
             "log_temperature": self.log_temperature.detach().cpu(),
+            "mean_reward": self.mean_reward,
             "optimiser": self.optimiser.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""
-        self.critic.load_state_dict(state["critic"])
+        self.network.load_state_dict(state["network"])
+        self.level.load_state_dict(state["level"])
         self.target.load_state_dict(state["target"])
         with torch.no_grad():
             self.log_temperature.copy_(state["log_temperature"])
         self.optimiser.load_state_dict(state["optimiser"])
+        self.mean_reward = state["mean_reward"]
 
 
 def mean_of(found: Sequence[SacLosses]) -> dict[str, float]:

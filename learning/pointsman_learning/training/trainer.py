@@ -291,6 +291,8 @@ class Trainer:
             )
             fresh.save(self._replay_file(self.number))
             replay.add(fresh)
+            if self.number == 0:
+                learner.mean_reward = float(fresh.reward.mean())
             rng = np.random.default_rng([config.seed, 81, self.number])
             found = []
             for _ in range(options.updates):

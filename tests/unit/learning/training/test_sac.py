@@ -13,7 +13,9 @@ from pointsman_learning.training.sac import (
     Experience,
     Learner,
     Replay,
+    advantages,
     collect,
+    policy_of,
     soft_value,
     target_entropy,
 )
@@ -39,6 +41,27 @@ def test_soft_value_has_finite_gradients_where_actions_are_not_valid():
     soft_value(torch.zeros(2, 3), logits, VALID, torch.tensor(0.1)).sum().backward()
     assert torch.isfinite(logits.grad).all()
     assert logits.grad[:, 2].tolist() == [0.0, 0.0]
+
+
+def test_an_error_of_the_level_moves_no_difference_between_actions(network, config):
+    """On average over what the policy does, which is what would ruin a warm start."""
+    one = collect(network, config.domain, config.sac, round_number=0, seed=0)
+    now = one.graphs.batch(np.arange(8))
+    out = network(now)
+    p, _ = policy_of(out.logits.detach(), out.valid)
+
+    def pull(values):
+        """On the values, by an error that is the same whatever was done."""
+        return torch.autograd.grad((p * values).sum(), out.twin_q, retain_graph=True)[0]
+
+    assert pull(out.twin_q).abs().max() > 0.1
+    assert pull(advantages(out.twin_q, p)).abs().max() < 1e-6
+
+
+def test_advantages_have_no_mean_under_the_policy():
+    q = torch.tensor([[[1.0, 3.0, 9.0]], [[0.0, 2.0, 5.0]]])
+    found = advantages(q, torch.tensor([[0.5, 0.5, 0.0]]))
+    assert found.tolist() == [[[-1.0, 1.0, 7.0]], [[-1.0, 1.0, 4.0]]]
 
 
 def test_target_entropy_follows_the_number_of_valid_actions():
