@@ -68,8 +68,6 @@ class SacOptions(_Strict):
     discount: float = Field(0.98, ge=0, lt=1)
     """Per decision."""
     learning_rate: float = Field(1e-4, gt=0)
-    level_rate: float = Field(3e-3, gt=0)
-    """Learning rate of the value of a state, which has far to go."""
     target_rate: float = Field(0.01, gt=0, le=1)
     """Step of the level's slow copy towards it at each update."""
     entropy: float = Field(0.1, ge=0, le=1)

@@ -43,6 +43,8 @@ from pointsman_learning.training.lockstep import Lockstep
 from pointsman_learning.training.policy import chosen_by, graphs_of
 
 NEVER = -1e9
+LEVEL_RATE = 3e-3
+"""Learning rate of the value of a state, which has far to go."""
 FIRST_SEED = 500_000_000
 """Scenarios of rounds; labels have others."""
 
@@ -266,7 +268,7 @@ class Learner:
         self.optimiser = torch.optim.Adam(
             [
                 {"params": self.network.parameters(), "lr": options.learning_rate},
-                {"params": self.level.parameters(), "lr": options.level_rate},
+                {"params": self.level.parameters(), "lr": LEVEL_RATE},
                 {"params": [self.log_temperature], "lr": options.learning_rate},
             ]
         )
