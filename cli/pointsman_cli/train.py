@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -110,8 +111,12 @@ def train(
 
 
 def _begun_by(arguments: list[str]) -> str:
-    """The command that began the run, also where this one goes on with it."""
-    return shlex.join(["pointsman", *(one for one in arguments if one != "--resume")])
+    """The command that began the run, also where this one goes on with it.
+
+    Of files it holds the names only: it is part of the model, which may be given away.
+    """
+    names = [re.sub(r"(?:[^=/]*/)+", "", one) for one in arguments if one != "--resume"]
+    return shlex.join(["pointsman", *names])
 
 
 def _settings(file: Path | None, own: dict[str, Any], device: str | None) -> "TrainConfig":

@@ -154,7 +154,6 @@ def _training(model: HanModel) -> Iterator[str]:
         yield ""
     facts = {
         "command": _code(told.pop("command", None)),
-        "minutes": told.pop("minutes", told.pop("training_minutes", None)),
         "data, for example": told.pop("data", None),
         "labels": _counted(told.pop("labels", None)),
         "states that have labels": _counted(told.pop("states", None)),

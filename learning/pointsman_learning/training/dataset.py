@@ -55,10 +55,6 @@ class Batch:
     """(B,) the base policy's action, E standing for rejection"""
     quiet: Tensor
     """(B, E, 2) in time, change of the QoS of those there; without later arrivals"""
-    quality: Tensor
-    """(B, E) predicted"""
-    level: Tensor
-    """(B,) discounted QoS of those to come under rejection"""
 
     def to(self, device: str) -> "Batch":
         """The same on a device."""
@@ -88,8 +84,6 @@ class LabelledStates:
         )
         self.labels = np.concatenate([shard.labels for shard in found])
         self.quiet = np.concatenate([shard.quiet for shard in found])
-        self.quality = np.concatenate([shard.endpoint[:, 0] for shard in found])
-        self.level = np.concatenate([shard.level for shard in found])
         self.may_reject: BoolArray = np.concatenate([shard.may_reject for shard in found])
         self.chosen: IntArray = np.concatenate([shard.chosen for shard in found])
         self.info: list[dict[str, Any]] = [one for shard in found for one in shard.info]
@@ -110,14 +104,12 @@ class LabelledStates:
         sizes = self._start[numbers + 1] - self._start[numbers]
         parts = np.full((len(numbers), size + 1, self.labels.shape[1]), np.nan, np.float32)
         quiet = np.full((len(numbers), size, 2), np.nan, np.float32)
-        quality = np.zeros((len(numbers), size), np.float32)
         for row, (number, count) in enumerate(zip(numbers.tolist(), sizes.tolist(), strict=True)):
             start = int(self._start[number])
             first = start + number  # one row more for each state before
             parts[row, :count] = self.labels[first : first + count]
             parts[row, size] = self.labels[first + count]
             quiet[row, :count] = self.quiet[start : start + count]
-            quality[row, :count] = self.quality[start : start + count]
         known = np.isfinite(parts[..., OWN])
         parts = np.nan_to_num(parts)
         weights = self.credit.weights(self.bins).astype(np.float32)
@@ -130,6 +122,4 @@ class LabelledStates:
             may_reject=torch.from_numpy(self.may_reject[numbers]),
             chosen=torch.from_numpy(chosen),
             quiet=torch.from_numpy(np.nan_to_num(quiet)),
-            quality=torch.from_numpy(quality),
-            level=torch.from_numpy(self.level[numbers] @ weights[LATER:]),
         )

@@ -123,7 +123,13 @@ class Trainer:
         self.network = HanNetwork(_han_config(config)).to(config.device)
         self.stage, self.number = WARM, 0
         self._stage_state: dict[str, Any] = {}
-        self._best: dict[str, Any] = {"score": -np.inf, "weights": _copied(self.network), "at": ""}
+        # Untrained it is ImpactGreedy, with which all are compared: what is worse is not kept.
+        untrained = 0.0 if config.network.residual else -np.inf
+        self._best: dict[str, Any] = {
+            "score": untrained,
+            "weights": _copied(self.network),
+            "at": "",
+        }
         self._seconds_before = 0.0
         self._curves: list[dict[str, float | str]] = []
         domain = config.domain
@@ -226,7 +232,10 @@ class Trainer:
         every = max(2, round(1 / self.config.warm.held_out))
         held = seeds % every == every - 1
         if held.all() or not held.any():
-            raise ConfigError("labels: too few scenarios to keep some of them out of training")
+            raise ConfigError(
+                "labels: too few scenarios to keep some of them out of training; raise"
+                " labels.shards, labels.rollouts.trunks or warm.held_out"
+            )
         return np.flatnonzero(~held), np.flatnonzero(held)
 
     def _regress(self, states: LabelledStates, then: str, *, rate: float = 1.0) -> None:
@@ -259,7 +268,9 @@ class Trainer:
             patience.judged(self._judge(asdict(found), epochs=options.epochs))
             self._checkpoint({"optimiser": optimiser.state_dict(), "patience": patience.state()})
         self.network.load_state_dict(self._best["weights"])
-        checkpoints.save_network(self.folder / "warm.pt", self.network)
+        # Not one file: the first is the base of the second round's labels.
+        name = "warm.pt" if stage == WARM else "second.pt"
+        checkpoints.save_network(self.folder / name, self.network)
         self._enter(then)
 
     # --- soft actor-critic -------------------------------------------------------------
@@ -301,7 +312,9 @@ class Trainer:
                     numbers = train[rng.integers(len(train), size=config.warm.batch)]
                     batch = states.batch(numbers).to(config.device)
                     out = self.network(batch.graphs)
-                    extra = options.label_weight * losses(out, batch, config.warm).value
+                    told = losses(out, batch, config.warm)
+                    estimates = config.warm.estimator_weight * told.estimator
+                    extra = options.label_weight * (told.value + estimates)
                 found.append(learner.update(replay.draw(rng, options.batch), extra))
             self.number += 1
             measured = mean_of(found) | {"reward": float(fresh.reward.mean())}
@@ -410,14 +423,14 @@ class Trainer:
             "estimator": asdict(estimator),
         }
         provenance = {
-            "config": json.loads(self.config.model_dump_json()),
+            "config": _public(self.config),
             "schema": schema_hash(),
             "labels": states.label_count,
             "states": len(states),
             "data": self.config.domain.draw(0, requests=2).scenario.description,
             "command": self._command,
             "trained": bool(self._best["at"]),
-            "kept": self._best["at"] or "the untrained network, which is ImpactGreedy",
+            "kept": self._best["at"] or "the untrained network",
             "finished": finished,
         }
         model, card = self.folder / "han_drl.onnx", self.folder / "model_card.json"
@@ -438,6 +451,15 @@ def _han_config(config: TrainConfig) -> HanConfig:
         return HanConfig(**config.network.model_dump(), sharpness=config.warm.sharpness)
     except ValueError as error:
         raise ConfigError(f"network: {error}") from error
+
+
+def _public(config: TrainConfig) -> dict[str, Any]:
+    """Plain data, with names of files only: a model is given away, folders are private."""
+    content: dict[str, Any] = json.loads(config.model_dump_json())
+    for name in ("experts", "quality_data", "arrivals"):
+        if content["domain"][name] is not None:
+            content["domain"][name] = Path(content["domain"][name]).name
+    return content
 
 
 def _copied(network: HanNetwork) -> dict[str, torch.Tensor]:

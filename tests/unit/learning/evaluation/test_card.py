@@ -239,7 +239,7 @@ def test_what_is_not_recorded_is_said(write: Write) -> None:
 
     card = card_of(bare, write(change=rename))
     assert "| command | not recorded |" in card
-    assert "| minutes | not recorded |" in card
+    assert "| data, for example | not recorded |" in card
 
 
 def no_models(document: dict[str, Any]) -> None:
