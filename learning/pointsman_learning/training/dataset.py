@@ -14,8 +14,8 @@ from pointsman_core.state import BoolArray, FloatArray, IntArray
 from pointsman_learning.han import GraphStore, PaddedBatch
 from pointsman_learning.training.shards import Shard
 
-OWN, PRESENT, LATER = 0, 1, 2
-"""Columns of a shard's labels; from `LATER` on one for each bin."""
+OWN = 0
+"""Column of a shard's labels that is known where any is; see `Credit.weights` for the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

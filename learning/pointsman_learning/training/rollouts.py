@@ -68,8 +68,6 @@ class State:
     """(E + 1,) QoS of the requests there, less that under rejection."""
     later: FloatArray
     """(E + 1, bins) QoS of the requests to come, less that under rejection."""
-    level: FloatArray
-    """(bins,) their QoS under rejection."""
     quiet_in_time: FloatArray
     """(E,) 1 where the new request is in time if no other comes."""
     quiet_present: FloatArray
@@ -235,7 +233,6 @@ def _state(
         own=table[:, 0],
         present=table[:, 1],
         later=table[:, 4:],
-        level=later[-1],
         quiet_in_time=table[:size, 2],
         quiet_present=table[:size, 3],
         drawn=one.drawn,

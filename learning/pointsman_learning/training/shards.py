@@ -40,8 +40,6 @@ class Shard:
     """(S,)"""
     chosen: IntArray
     """(S,) the base policy's action; the number of endpoints stands for rejection."""
-    level: FloatArray
-    """(S, bins)"""
     endpoint_start: IntArray
     """(S + 1,) first endpoint of each state; its actions start at this plus its number."""
     resident_start: IntArray
@@ -142,7 +140,6 @@ class Shard:
             request=np.array([[o.prompt_tokens, o.limit_s, o.first_token_limit_s] for o in seen]),
             may_reject=np.array([state.may_reject for state in states]),
             chosen=np.array([state.chosen for state in states]),
-            level=np.array([state.level for state in states]).astype(small),
             endpoint_start=np.concatenate(([0], np.cumsum(sizes))),
             resident_start=np.concatenate(([0], np.cumsum([len(one) for one in resident]))),
             eligible=np.concatenate([one.eligible for one in seen]),

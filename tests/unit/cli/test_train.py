@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pointsman_cli.main import app
+from pointsman_cli.train import _begun_by
 
 TINY = {
     "domain": {
@@ -76,6 +77,18 @@ def test_cuda_needs_a_device(tmp_path, monkeypatch):
     result = invoke("--device", "cuda", "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "there is no CUDA device here" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "--output", "han"], "pointsman train --output han"),
+        (["train", "--resume", "--output", "/home/me/runs/han"], "pointsman train --output han"),
+        (["train", "--arrivals=../my site/a.csv"], "pointsman train --arrivals=a.csv"),
+    ],
+)
+def test_the_command_in_a_model_tells_no_folder(arguments, told):
+    assert _begun_by(arguments) == told
 
 
 def test_ray_is_an_extra(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def labelled(**changes) -> list[State]:
 
 
 def equal(one: State, other: State) -> bool:
-    names = ("own", "present", "later", "level", "quiet_in_time", "quiet_present")
+    names = ("own", "present", "later", "quiet_in_time", "quiet_present")
     return all(np.array_equal(getattr(one, n), getattr(other, n), equal_nan=True) for n in names)
 
 

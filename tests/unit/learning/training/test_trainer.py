@@ -2,17 +2,20 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pointsman_core.deciders.han_drl import HanDrl, HanModel
+from pointsman_learning.evaluation.statistics import Interval
 from pointsman_learning.han import HanConfig, HanNetwork
 from pointsman_learning.training import checkpoints
 from pointsman_learning.training.config import ConfigError, TrainConfig
 from pointsman_learning.training.lockstep import Lockstep, by_decider
 from pointsman_learning.training.policy import by_network
-from pointsman_learning.training.trainer import Trainer
+from pointsman_learning.training.trainer import Trainer, _public
+from pointsman_learning.training.validation import Validation
 
 TWO_ROUNDS = {"labels": {"second_round": 1, "followed": 2}}
 
@@ -139,6 +142,26 @@ def test_learning_beats_noise(config, tmp_path):
     with (tmp_path / "curves.csv").open() as file:
         seen = [float(r["validation_predicted_gain_percent"]) for r in csv.DictReader(file)]
     assert checkpoints.load(tmp_path / "checkpoint.pt")["best"]["score"] == max(0.0, *seen)
+
+
+def test_what_is_worse_than_impact_greedy_is_not_kept(config, tmp_path, monkeypatch):
+    """Untrained the network is ImpactGreedy, and better than all that follows."""
+    compared = Validation.rows
+
+    def worse(*arguments):
+        lost = Interval(-1.0, -2.0, -0.5)
+        return [replace(row, predicted_gain=lost) for row in compared(*arguments)]
+
+    monkeypatch.setattr(Validation, "rows", worse)
+    told = json.loads(run(config, tmp_path).card.read_text())["provenance"]
+    assert told["trained"] is False
+    assert told["kept"] == "the untrained network"
+
+
+def test_names_of_files_are_told_without_their_folders():
+    config = TrainConfig.parse({"domain": {"arrivals": "/home/me/trace.csv"}}, source="test")
+    assert _public(config)["domain"]["arrivals"] == "trace.csv"
+    assert "/home" not in json.dumps(_public(config))
 
 
 def test_each_stage_has_a_patience_of_its_own(two_rounds, tmp_path, monkeypatch):
