@@ -229,7 +229,9 @@ class KubernetesCluster:
             page = self._call(
                 "GET", path, query=[*query, *([("continue", token)] if token else [])]
             )
-            items += page.get("items") or []
+            if "items" not in page:  # a proxy's page; an empty list would end all routing
+                raise ClusterError(f"GET {path}: the answer is no list of the Kubernetes API")
+            items += page["items"] or []
             token = (page.get("metadata") or {}).get("continue") or ""
             if not token:
                 return items

@@ -39,6 +39,8 @@ _CHANNEL_OPTIONS: Final[list[tuple[str, int | str]]] = [
     ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    # Else HTTP_PROXY would take even plaintext for loopback to another machine.
+    ("grpc.enable_http_proxy", 0),
 ]
 
 log = structlog.get_logger(__name__)

@@ -312,8 +312,9 @@ class Operator:
                 return Listed(None)
             items += found
         # Before the first list nobody knows what is in force there: sending the rest would end it.
-        needed = len(refused) == len(namespaces) or not self._memory.restored
-        if refused and needed and kind in OWN_KINDS:
+        first = not self._memory.restored
+        needed = {*OWN_KINDS, Kind.CONFIG_MAP} if first else {*OWN_KINDS}
+        if refused and kind in needed and (first or len(refused) == len(namespaces)):
             raise _not_permitted(kind, refused)
         for namespace, refusal in refused.items():
             if (kind, namespace) not in self._forbidden:

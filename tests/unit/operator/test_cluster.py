@@ -167,6 +167,13 @@ async def test_an_answer_that_is_no_json(api_server, cluster):
         await cluster.list_all(Kind.POD)
 
 
+@pytest.mark.parametrize("text", ["<html>log in</html>", "[]", "{}"])
+async def test_a_page_of_somebody_else_is_not_an_empty_list(api_server, cluster, text):
+    api_server.fail = lambda _: web.Response(text=text, content_type="text/html")
+    with pytest.raises(ClusterError, match="is no list of the Kubernetes API"):
+        await cluster.list_all(Kind.POLICY)
+
+
 async def test_a_connection_that_breaks(api_server, cluster):
     api_server.fail = lambda request: request.transport.abort()
     with pytest.raises(ClusterError) as raised:

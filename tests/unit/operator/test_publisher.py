@@ -307,6 +307,17 @@ async def test_plaintext_never_leaves_the_machine(rig, snapshots):
     await rig.until(lambda states: "only for loopback" in states["10.0.0.1:9003"].error)
 
 
+async def test_policy_servers_are_not_dialled_through_a_proxy(server, rig, snapshots, monkeypatch):
+    """It would carry even plaintext for loopback to another machine."""
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    rig.publisher.publish(snapshots())
+    await rig.publisher.set_servers({server.address: True})
+    await rig.until(in_force(server.address, snapshots()))
+
+
 async def test_counts_do_not_outlive_their_window(rig, snapshots):
     fake = FakePolicyServer()
     one = pb.PolicyStats(namespace="default", policy="auto", requests=4, violations=1)

@@ -323,10 +323,14 @@ async def test_each_run_publishes_under_a_name_of_its_own(api, rig):
 async def test_what_may_not_be_listed_stops_nothing_else(api, rig):
     pods = {"podSelector": {"matchLabels": {"app": "llm"}, "port": 8000}}
     rig.cluster.put(api.policy(), api.expert(), api.expert("chat", **pods))
-    rig.cluster.forbidden = {Kind.POD, Kind.CONFIG_MAP}
+    rig.cluster.forbidden = {Kind.POD}
     async with rig.running(resync_interval_s=0.05):
         await rig.until(lambda: rig.reason("chat", "Ready", Kind.EXPERT) == "NotPermitted")
         assert [one.policy for one in rig.servers.sets[0][1].snapshots] == ["auto"]
+        rig.cluster.forbidden = {Kind.POD, Kind.CONFIG_MAP}
+        await lists(rig, 2)
+        rig.cluster.put(api.expert(addresses=["10.0.0.7:8000"], meta={"generation": 2}))
+        await rig.until(lambda: "10.0.0.7:8000" in sent(rig))
         rig.cluster.forbidden = set()
         await rig.until(lambda: rig.reason("chat", "Ready", Kind.EXPERT) == "NoEndpoints")
 
@@ -501,6 +505,24 @@ async def test_a_broken_policy_keeps_its_snapshot_over_a_restart(api, rig):
         await rig.until(lambda: len(rig.servers.sets) == 2)
         assert rig.servers.sets[1][1].applied == rig.servers.sets[0][1].applied
         await rig.until(lambda: rig.reason("auto", "Accepted") == "InvalidSpec")
+
+
+async def test_a_start_that_cannot_read_config_maps_ends_nothing(api, rig, monkeypatch):
+    """They alone tell what a policy had in force whose spec is not valid now."""
+    monkeypatch.setattr(runtime, "FIRST_RETRY_S", 0.01)
+    rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
+    async with rig.running():
+        await rig.until(lambda: "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP])
+    rig.memory = Memory()
+    rig.servers.sets.clear()
+    rig.cluster.put(api.policy(algorithm="Unknown", meta={"generation": 2}))
+    rig.cluster.forbidden = {Kind.CONFIG_MAP}
+    async with rig.running(resync_interval_s=0.05):
+        await lists(rig, 2)
+        assert (rig.servers.sets, (await rig.get("/readyz"))[0]) == ([], 503)
+        rig.cluster.forbidden = set()
+        await rig.until(lambda: rig.servers.sets)
+        assert AUTO in rig.servers.sets[-1][1].applied
 
 
 async def test_nothing_happens_before_everything_was_listed(api, rig, monkeypatch):
