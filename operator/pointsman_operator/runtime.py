@@ -348,16 +348,16 @@ class Operator:
             self._remember(snapshots=kept)
 
     def _audit(self, written: Mapping[Ref, Any], touched: set[Key]) -> None:
-        """Forget what was written where a list shows that somebody changed it."""
-        statuses = dict(self._memory.previous.statuses)
+        """Forget what was written of objects that are gone, or that somebody changed."""
+        kept: dict[Ref, JsonObject] = {}
         for kind in OWN_KINDS:
             for key, found in self.store.objects(kind).items():
                 ref = Ref(kind, key, found.meta.uid)
-                ours = statuses.get(ref)
-                settled = ours is not None and written.get(ref) is ours and key not in touched
-                if settled and found.status != ours:
-                    del statuses[ref]
-        self._remember(statuses=statuses)
+                ours = self._memory.previous.statuses.get(ref)
+                settled = written.get(ref) is ours and key not in touched
+                if ours is not None and not (settled and found.status != ours):
+                    kept[ref] = ours
+        self._remember(statuses=kept)
 
     # --- snapshots ---------------------------------------------------------------------
 

@@ -590,6 +590,17 @@ async def test_a_status_that_somebody_changed_is_put_right(api, rig):
         await rig.until(lambda: rig.status("auto").get("experts") == 1)
 
 
+async def test_objects_that_are_gone_are_forgotten(api, rig):
+    rig.cluster.put(api.policy())
+    async with rig.running(resync_interval_s=0.05):
+        for name in ("one", "two"):
+            rig.cluster.put(api.expert(name, addresses=["127.0.0.1:1"]))
+            await rig.until(lambda name=name: rig.reason(name, "Ready", Kind.EXPERT))
+            del rig.cluster.objects[Kind.EXPERT][name]
+        await lists(rig, 3)
+        assert {ref.key for ref in rig.memory.previous.statuses} == {AUTO}
+
+
 async def test_a_config_map_that_somebody_changed_is_put_right(api, rig):
     rig.cluster.put(api.policy(), api.expert())
     maps = rig.cluster.objects[Kind.CONFIG_MAP]
