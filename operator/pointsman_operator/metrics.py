@@ -1,5 +1,7 @@
 """Prometheus metrics of the operator."""
 
+import contextlib
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -55,3 +57,13 @@ class Metrics:
             "pointsman_operator_writes", "Writes to the API server.",
             ["what", "result"], registry=r,
         )  # fmt: skip
+
+    def forget_server(self, server: str) -> None:
+        """Of a policy server that is gone; each pod of it had an address of its own."""
+        for metric, labels in (
+            (self.pushes, (server, "ok")),
+            (self.pushes, (server, "failed")),
+            (self.foreign_publishes, (server,)),
+        ):
+            with contextlib.suppress(KeyError):  # older releases raise it where there is none
+                metric.remove(*labels)

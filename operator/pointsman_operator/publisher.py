@@ -159,7 +159,8 @@ class Publisher:
 
     async def set_servers(self, servers: Mapping[str, bool]) -> None:
         """Which servers there are, by address, and whether each is ready."""
-        gone = [self._links.pop(address) for address in self._links.keys() - servers.keys()]
+        left = self._links.keys() - servers.keys()
+        gone = [self._links.pop(address) for address in left]
         for address, counted in servers.items():
             link = self._links.get(address)
             if link is None:
@@ -170,6 +171,8 @@ class Publisher:
         if gone:
             self.changed()
             await asyncio.gather(*(link.close() for link in gone))
+        for address in left:
+            self.metrics.forget_server(address)
 
     def states(self) -> dict[str, ServerState]:
         """All servers by address."""
@@ -297,9 +300,12 @@ class _Link:
         return True
 
     async def _send(self, client: ServerClient, wanted: SnapshotSet) -> None:
-        started = time.perf_counter()
-        report = await client.publish(self._owner.identity, wanted)
-        metrics = self._owner.metrics
+        started, metrics = time.perf_counter(), self._owner.metrics
+        try:
+            report = await client.publish(self._owner.identity, wanted)
+        except Exception:
+            metrics.pushes.labels(self._address, "failed").inc()
+            raise
         metrics.push_seconds.observe(time.perf_counter() - started)
         metrics.pushes.labels(self._address, "ok").inc()
         self._tried = wanted.sequence
@@ -321,7 +327,6 @@ class _Link:
             self._owner.renumber()
         elif wanted is not None:
             self._tried = wanted.sequence
-        self._owner.metrics.pushes.labels(self._address, "failed").inc()
         if text != self.error:
             log.warning("policy server not updated", server=self._address, error=text)
         refused = code is grpc.StatusCode.INVALID_ARGUMENT
@@ -334,13 +339,27 @@ class _Link:
             self._owner.changed()
 
 
+_TLS_FAULTS: Final = (
+    ("Hostname Verification Check", "its certificate has another name: see --tls-server-name"),
+    ("certificate has expired", "its certificate has expired"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not one of --tls-ca"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS"),
+    ("create security handshaker", "--tls-cert, --tls-key and --tls-ca cannot be used together"),
+    ("Socket closed", "it closes the connection; with TLS: is --tls-cert one of its client CA?"),
+)
+"""What gRPC tells of a connection, and what it means."""
+
+
 def describe(error: Exception) -> str:
     """An error in one line that does not change from try to try."""
     if not isinstance(error, grpc.aio.AioRpcError):
         return str(error)
     code = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
-        return "cannot be reached"  # the details name attempts and times
+        # Not the details themselves: they name attempts and times.
+        details = error.details() or ""
+        why = next((text for part, text in _TLS_FAULTS if part in details), "")
+        return f"cannot be reached: {why}" if why else "cannot be reached"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"no answer within {RPC_TIMEOUT_S:g} s"
     return error.details() or code.name

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import datetime
 import ipaddress
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -271,6 +272,23 @@ async def test_servers_come_and_go(server, rig):
     assert rig.publisher.settled
 
 
+async def test_counters_of_servers_that_are_gone_are_forgotten(server, rig, snapshots):
+    rig.publisher.publish(snapshots())
+    await rig.publisher.set_servers({server.address: True})
+    await rig.until(in_force(server.address, snapshots()))
+    label = {"server": server.address}
+    assert rig.counted("pushes_total", **label, result="ok") == 1
+    await rig.publisher.set_servers({})
+    names = {one.labels.get("server") for m in rig.metrics.registry.collect() for one in m.samples}
+    assert names == {None}
+
+
+async def test_a_question_that_fails_is_no_push(rig):
+    await rig.publisher.set_servers({"127.0.0.1:1": True})
+    await rig.until(lambda states: states["127.0.0.1:1"].error)
+    assert rig.counted("pushes_total", server="127.0.0.1:1", result="failed") == 0
+
+
 async def test_counts_are_read(server, rig):
     server.policies = [
         pb.PolicyStats(
@@ -422,13 +440,56 @@ async def test_certificates_are_read_again_when_they_change(tmp_path, snapshots)
     async with serving(FakePolicyServer(), credentials=server_credentials(authority)) as server:
         rig.publisher.publish(snapshots())
         await rig.publisher.set_servers({server.address: True})
-        await rig.until(lambda states: states[server.address].error == "cannot be reached")
+        await rig.until(lambda states: "not one of --tls-ca" in states[server.address].error)
         assert server.received == []
         good = authority.write("operator")
         for one in ("cert", "key", "ca"):
             getattr(files, one).write_bytes(getattr(good, one).read_bytes())
         await rig.until(in_force(server.address, snapshots()))
         await rig.publisher.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("name", "its certificate has another name: see --tls-server-name"),
+        ("authority", "its certificate is not one of --tls-ca"),
+        ("client", "it closes the connection; with TLS: is --tls-cert one of its client CA?"),
+        ("key", "--tls-cert, --tls-key and --tls-ca cannot be used together"),
+    ],
+)
+async def test_what_is_wrong_with_certificates_is_told(tmp_path, snapshots, fault, told):
+    authority, stranger = Authority(tmp_path / "ca"), Authority(tmp_path / "other")
+    files = authority.write("operator")
+    if fault == "name":
+        files = replace(files, server_name="another.svc")
+    if fault == "authority":
+        files = stranger.write("operator")
+    if fault == "client":
+        files = stranger.write("operator", ca=authority)
+    if fault == "key":
+        files.key.write_bytes(stranger.issue("operator")[1])
+    rig = Rig(files)
+    async with serving(FakePolicyServer(), credentials=server_credentials(authority)) as server:
+        rig.publisher.publish(snapshots())
+        await rig.publisher.set_servers({server.address: True})
+        wanted = f"cannot be reached: {told}"
+        await rig.until(lambda states: states[server.address].error == wanted)
+        assert server.received == []
+        await rig.publisher.close()
+
+
+def test_certificates_are_looked_at_before_the_start(tmp_path):
+    authority, stranger = Authority(tmp_path / "ca"), Authority(tmp_path / "other")
+    files = authority.write("operator")
+    files.check()
+    files.key.write_bytes(stranger.issue("operator")[1])
+    with pytest.raises(ValueError, match="are not a certificate and its plain key"):
+        files.check()
+    files = authority.write("operator")
+    files.ca.write_text("no PEM")
+    with pytest.raises(ValueError, match="holds no certificate of a CA"):
+        files.check()
 
 
 async def test_a_missing_certificate_is_told(tmp_path, rig, snapshots):
