@@ -138,6 +138,8 @@ class Publisher:
         self._sequence = 0
         self.wanted: SnapshotSet | None = None
         """The last set; ``None`` before the first, when nothing may be sent."""
+        self.up_to_date = True
+        """The set is of what the API server says now. If not, somebody else's may be newer."""
 
     def publish(self, snapshots: Iterable[Snapshot]) -> bool:
         """Make this the set of all servers; tells whether it is another one."""
@@ -292,6 +294,8 @@ class _Link:
             return False
         if report.instance_id == self._instance:
             # It took our set and has another one now.
+            if not self._owner.up_to_date:
+                return False
             self._foreign += 1
             self._owner.metrics.foreign_publishes.labels(self._address).inc()
             log.warning("somebody else publishes to the policy server", server=self._address)

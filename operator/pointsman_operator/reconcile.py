@@ -7,6 +7,7 @@ broken now, and what was written already, so that nothing is written twice.
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
@@ -549,8 +550,9 @@ def _with_candidates(snapshot: Snapshot, candidates: Iterable[Candidate]) -> Sna
 def _policy_status(
     policy: _Policy, observed: Observed, previous: Previous, now: datetime
 ) -> StatusWrite | None:
-    refs, model = _resolved_refs(policy), _model_loaded(policy, observed.servers)
-    programmed = _programmed(policy, observed.servers)
+    having = _having(policy, observed.servers, previous)
+    refs, model = _resolved_refs(policy), _model_loaded(policy, observed.servers, having)
+    programmed = _programmed(policy, observed.servers, having)
     ready = _policy_ready(
         policy, refs, programmed, model, refusal=observed.unstored.get(policy.meta.key, "")
     )
@@ -601,7 +603,31 @@ def _resolved_refs(policy: _Policy) -> Finding:
     return Finding(Type.RESOLVED_REFS, TRUE, Reason.ALL_RESOLVED, text)
 
 
-def _model_loaded(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
+def _having(
+    policy: _Policy, servers: Mapping[str, ServerState], previous: Previous
+) -> AbstractSet[str]:
+    """Servers that have the policy's generation in force.
+
+    Before all of them had it once, only the very version counts: a predecessor of the same
+    name has had the same generations.
+    """
+    generation, snapshot = policy.meta.generation, policy.snapshot
+    ref = Ref(Kind.POLICY, policy.meta.key, policy.meta.uid)
+    before = conditions_of(previous.statuses.get(ref, policy.found.status)).get(Type.PROGRAMMED, {})
+    had = (before.get("status"), before.get("observedGeneration")) == (TRUE, generation)
+    in_force = {address: one.applied.get(policy.meta.key) for address, one in servers.items()}
+    return {
+        address
+        for address, applied in in_force.items()
+        if applied is not None
+        and applied[0] == generation
+        and (had or snapshot is None or applied[1] == snapshot.version)
+    }
+
+
+def _model_loaded(
+    policy: _Policy, servers: Mapping[str, ServerState], having: AbstractSet[str]
+) -> Finding:
     if (refusal := _not_accepted(Type.MODEL_LOADED, policy)) is not None:
         return refusal
     algorithm = "" if policy.accepted is None else policy.accepted.resource.spec.algorithm
@@ -612,8 +638,7 @@ def _model_loaded(policy: _Policy, servers: Mapping[str, ServerState]) -> Findin
     said = {
         address: server.models[policy.meta.key]
         for address, server in counted.items()
-        if policy.meta.key in server.models
-        and server.applied.get(policy.meta.key, (-1, ""))[0] == policy.meta.generation
+        if policy.meta.key in server.models and address in having
     }
     for address, (_, error) in said.items():
         if error:
@@ -625,7 +650,9 @@ def _model_loaded(policy: _Policy, servers: Mapping[str, ServerState]) -> Findin
     return Finding(Type.MODEL_LOADED, TRUE, Reason.LOADED, f"{count}: {found}")
 
 
-def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
+def _programmed(
+    policy: _Policy, servers: Mapping[str, ServerState], having: AbstractSet[str]
+) -> Finding:
     if (refusal := _not_accepted(Type.PROGRAMMED, policy)) is not None:
         return refusal
     ready = {address: server for address, server in servers.items() if server.counted}
@@ -636,7 +663,7 @@ def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
     behind = {
         address: server
         for address, server in sorted(ready.items())
-        if server.error or server.applied.get(policy.meta.key, (-1, ""))[0] != generation
+        if server.error or address not in having
     }
     acknowledged = len(ready) - len(behind)
     verb = "has" if 1 in (acknowledged, len(ready)) else "have"
@@ -728,18 +755,17 @@ def _status_write(
             if value is not None and name in _STATUS_FIELDS[kind]
         },
     }
-    if old is not None and _unordered(old) == _unordered(status):
+    if old is not None and _comparable(old, conditions) == _comparable(status, conditions):
         return None
     events = transitions(before, conditions)
     return StatusWrite(ref, status, events)
 
 
-def _unordered(status: JsonObject) -> dict[str, Any]:
-    """With the conditions by their type: the API server may keep the order that it knows."""
-    conditions = status.get("conditions")
-    if not isinstance(conditions, list):
-        return dict(status)
-    return {**status, "conditions": {str(one.get("type")): one for one in conditions}}
+def _comparable(status: JsonObject, ours: Iterable[JsonObject]) -> dict[str, Any]:
+    """Without conditions that somebody else has added, and without order: both stay as they are."""
+    types = {one["type"] for one in ours}
+    found = {name: one for name, one in conditions_of(status).items() if name in types}
+    return {**status, "conditions": found}
 
 
 def _next_statuses(

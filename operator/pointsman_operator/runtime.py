@@ -204,7 +204,9 @@ class Operator:
                     await self.resync()
                 self.metrics.resyncs.labels("ok").inc()
                 self._retry_s, self._list_error = FIRST_RETRY_S, ""
+                self._publisher.up_to_date = True
             except (ClusterError, TimeoutError) as error:
+                self._publisher.up_to_date = False
                 self.metrics.resyncs.labels("failed").inc()
                 self._list_error = str(error) or "timed out"
                 log.warning("full list failed", error=self._list_error)
@@ -464,7 +466,9 @@ class Operator:
             settle_s = SETTLE_S
             self._unwritten.clear()
             with _again_unless_done(self._unwritten):
-                await self._write()
+                wrote = await self._write()
+            if wrote:  # a backend that flaps must not become as many writes of a large ConfigMap
+                await self._sleep("writes", self.settings.write_pause_s)
 
     async def _settle(self, at_most_s: float) -> None:
         """Wait a little for pending changes, and for answers of policy servers and engines."""
@@ -482,10 +486,10 @@ class Operator:
             or (self._prober is not None and not self._prober.settled)
         )
 
-    async def _write(self) -> None:
-        """Write what differs, but for what has failed just now."""
+    async def _write(self) -> bool:
+        """Write what differs, but for what has failed just now; whether there was anything."""
         if not all(self.store.installed(kind) for kind in OWN_KINDS):
-            return
+            return False
         outcome = await self._reconcile(self._observe())
         self._forget_refusals({one.policy for one in outcome.config_maps})
         writes: dict[Hashable, Callable[[], Awaitable[bool]]] = {
@@ -506,6 +510,7 @@ class Operator:
         now = self._clock()
         for key, one in zip(due, done, strict=True):
             self._retries.tried(key, done=one, now=now)
+        return bool(due)
 
     def _forget_refusals(self, wanted: Collection[Key]) -> None:
         for key in self._unstored.keys() - set(wanted):

@@ -101,6 +101,8 @@ class OperatorSettings:
     """Between two questions to a policy server what it has in force."""
     debounce_s: float = 0.05
     """Changes within this time are reconciled together."""
+    write_pause_s: float = 1.0
+    """Between two rounds of writes to the API server; policy servers do not wait for it."""
     identity: str = field(default_factory=lambda: f"pointsman-operator/{os.urandom(6).hex()}")
     """Names this process to the policy servers."""
 

@@ -231,6 +231,24 @@ async def test_what_somebody_else_publishes_is_noticed_and_put_right(server, rig
     assert rig.counted("foreign_publishes_total", server=server.address) == 1
 
 
+async def test_what_may_be_newer_is_left_while_the_api_server_is_away(server, rig, snapshots):
+    rig.publisher.publish(snapshots())
+    await rig.publisher.set_servers({server.address: True})
+    await rig.until(in_force(server.address, snapshots()))
+    rig.publisher.up_to_date = False
+    newer = snapshots(meta={"generation": 7})
+    server.applied[0].version, server.applied[0].generation = newer[0].version, 7
+    await rig.until(in_force(server.address, newer))
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            server.asked.clear()
+            await server.asked.wait()
+    assert len(server.received) == 1
+    # One that has started again may have only an old file.
+    server.instance = "two"
+    await rig.until(in_force(server.address, snapshots()))
+
+
 async def test_a_refusal_is_told_with_its_reason(server, rig, snapshots):
     server.refuse = (grpc.StatusCode.INVALID_ARGUMENT, "two policies answer auto")
     rig.publisher.publish(snapshots())

@@ -1076,3 +1076,38 @@ def test_a_config_map_that_is_refused_is_named(api):
     assert text.endswith("exceeded quota")
     (write,) = (one for one in outcome.statuses if one.ref.key == AUTO)
     assert (True, "SnapshotNotStored") in [(one.warning, one.reason) for one in write.events]
+
+
+def test_a_condition_of_somebody_else_is_no_change(api):
+    first = api.reconcile(api.observe(api.policy(), api.expert()))
+    foreign = {"type": "Approved", "status": "True", "reason": "By", "message": "hand"}
+    bodies = [
+        make(status={**write.status, "conditions": [foreign, *write.status["conditions"]]})
+        for make, write in zip((api.expert, api.policy), first.statuses, strict=True)
+    ]
+    previous = replace(first.next, statuses={})
+    assert api.reconcile(api.observe(*bodies), previous).statuses == ()
+
+
+@pytest.mark.parametrize("algorithm", ["LeastLoad", "HanDrl"])
+def test_a_policy_in_the_place_of_another_is_not_yet_acknowledged(api, algorithm):
+    """Both have generation 1; the server has that of the first."""
+    had = api.observe(api.policy(models=["old"], algorithm=algorithm), api.expert())
+    first = api.reconcile(had)
+    models = {Key("default", "auto"): ("ab" * 32, "")}
+    server = api.acknowledging(first, models=models)
+    body = api.policy(algorithm=algorithm, meta={"uid": "another"})
+    servers = {"127.0.0.1:9003": server}
+    second = api.reconcile(api.observe(body, api.expert(), servers=servers), first.next)
+    found = api.conditions(second, "auto")
+    assert found["Programmed"] == ("Unknown", "Pending")
+    assert found["ModelLoaded"] == (
+        ("Unknown", "Pending") if algorithm == "HanDrl" else ("True", "NoModelNeeded")
+    )
+    servers = {"127.0.0.1:9003": api.acknowledging(second, models=models)}
+    third = api.reconcile(api.observe(body, api.expert(), servers=servers), second.next)
+    assert api.conditions(third, "auto")["Programmed"] == ("True", "Acknowledged")
+    # From then on the endpoints of the same generation may change.
+    moved = api.expert(addresses=["10.0.0.9:8000"])
+    fourth = api.reconcile(api.observe(body, moved, servers=servers), third.next)
+    assert api.conditions(fourth, "auto")["Programmed"] == ("True", "Acknowledged")

@@ -123,6 +123,7 @@ SETTINGS = OperatorSettings(
     policy_server_addresses=(SERVER,),
     http_address="127.0.0.1:0",
     debounce_s=0.001,
+    write_pause_s=0.0,
     status_poll_interval_s=0.05,
     stats_interval_s=0.05,
     probe_interval_s=60.0,
@@ -588,6 +589,31 @@ async def test_a_status_that_somebody_changed_is_put_right(api, rig):
         await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
         rig.cluster.put(rig.cluster.objects[Kind.POLICY]["auto"] | {"status": {"experts": 99}})
         await rig.until(lambda: rig.status("auto").get("experts") == 1)
+
+
+async def test_a_backend_that_flaps_is_not_written_each_time(api, rig):
+    """Policy servers are told of each change; ConfigMaps, which may be large, are not."""
+    rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
+    async with rig.running(resync_interval_s=0.02, write_pause_s=3600.0):
+        await rig.until(lambda: "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP])
+        for port in range(2, 6):
+            rig.cluster.put(api.expert(addresses=[f"127.0.0.1:{port}"]))
+            await rig.until(lambda port=port: f"127.0.0.1:{port}" in sent(rig))
+            await lists(rig, 3)
+        assert [what for what, _ in rig.cluster.writes()].count("snapshot") == 1
+
+
+async def test_whoever_cannot_list_does_not_call_its_set_the_newest(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    async with rig.running(resync_interval_s=0.05) as operator:
+        await rig.until(lambda: rig.servers.sets)
+        assert operator._publisher.up_to_date
+        rig.cluster.error = ClusterError("cut off")
+        await lists(rig, 2)
+        assert not operator._publisher.up_to_date
+        rig.cluster.error = None
+        await lists(rig, 2)
+        assert operator._publisher.up_to_date
 
 
 async def test_objects_that_are_gone_are_forgotten(api, rig):
