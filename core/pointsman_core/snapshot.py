@@ -119,8 +119,19 @@ def compile_snapshot(
     return draft.model_copy(update={"version": _digest(draft.model_dump_json())})
 
 
+def snapshot_json(snapshot: Snapshot) -> str:
+    """As it is published and stored: content and version agree.
+
+    One that an older release wrote lacks what that release did not know, also when it is
+    passed on.
+    """
+    unversioned = snapshot.model_copy(update={"version": NO_VERSION})
+    complete = _digest(unversioned.model_dump_json()) == snapshot.version
+    return snapshot.model_dump_json(exclude_unset=not complete)
+
+
 def read_snapshot(content: bytes | str) -> Snapshot:
-    """The snapshot that ``model_dump_json`` wrote, its version checked against its content.
+    """The snapshot that `snapshot_json` wrote, its version checked against its content.
 
     Raises:
         ValueError: it is no snapshot, or not the one that its version names.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 import orjson
 
 from pointsman_core.resources import API_VERSION
+from pointsman_core.snapshot import snapshot_json
 from pointsman_operator.conditions import Transition, timestamp
 from pointsman_operator.observed import (
     CONFIG_MAP_PREFIX,
@@ -322,7 +323,7 @@ def config_map(write: SnapshotWrite) -> JsonObject:
                 }
             ],
         },
-        "data": {SNAPSHOT_KEY: write.snapshot.model_dump_json()},
+        "data": {SNAPSHOT_KEY: snapshot_json(write.snapshot)},
     }
 
 

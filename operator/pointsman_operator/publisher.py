@@ -17,7 +17,7 @@ from typing import Final, Protocol
 import grpc
 import structlog
 
-from pointsman_core.snapshot import Snapshot
+from pointsman_core.snapshot import Snapshot, snapshot_json
 from pointsman_operator.metrics import Metrics
 from pointsman_operator.observed import Key, ServerState
 from pointsman_operator.settings import TlsFiles, is_loopback
@@ -70,7 +70,7 @@ class SnapshotSet:
                 policy=one.policy,
                 generation=one.generation,
                 version=one.version,
-                snapshot_json=one.model_dump_json().encode(),
+                snapshot_json=snapshot_json(one).encode(),
             )
             for one in snapshots
         )

@@ -16,6 +16,7 @@ from pointsman_core.snapshot import (
     compile_snapshot,
     read_snapshot,
     selects,
+    snapshot_json,
 )
 
 ENDPOINTS = {"a": ("10.0.0.2:1", "10.0.0.1:1"), "b": ("10.0.0.3:1",)}
@@ -149,6 +150,8 @@ class TestReading:
         read = read_snapshot(text.replace(NO_VERSION, version))
         assert read.version == version
         assert {candidate.aliases for candidate in read.candidates} == {()}
+        # Passed on, as by an operator that was updated, it is still what its version says.
+        assert read_snapshot(snapshot_json(read)) == read
 
     @pytest.mark.parametrize(
         ("old", "new", "message"),

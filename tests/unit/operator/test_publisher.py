@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import datetime
+import hashlib
 import ipaddress
+import json
 from dataclasses import replace
 
 import grpc
@@ -13,6 +15,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from pointsman_core.snapshot import NO_VERSION, read_snapshot
+from pointsman_operator.cluster import config_map
 from pointsman_operator.metrics import Metrics
 from pointsman_operator.observed import Key
 from pointsman_operator.publisher import (
@@ -20,8 +24,10 @@ from pointsman_operator.publisher import (
     GrpcServerClient,
     PolicyCounts,
     Publisher,
+    SnapshotSet,
     describe,
 )
+from pointsman_operator.reconcile import SnapshotWrite
 from pointsman_operator.settings import TlsFiles
 from pointsman_proto.v1 import pointsman_pb2 as pb
 from pointsman_proto.v1.pointsman_pb2_grpc import (
@@ -188,6 +194,20 @@ async def test_a_changed_set_is_sent_at_once(server, rig, snapshots):
     rig.publisher.publish(second)
     await rig.until(in_force(server.address, second))
     assert [request.sequence for request in server.received] == [1, 2]
+
+
+def test_what_an_older_release_compiled_goes_on_as_it_was(snapshots):
+    """A policy whose spec is not valid now keeps it over an update of the operator."""
+    (today,) = snapshots()
+    content = json.loads(today.model_dump_json()) | {"version": NO_VERSION}
+    del content["model"]
+    text = json.dumps(content, separators=(",", ":"))
+    version = hashlib.sha256(text.encode()).hexdigest()[:16]
+    old = read_snapshot(text.replace(NO_VERSION, version))
+    (sent,) = SnapshotSet.of(1, [old]).snapshots
+    stored = config_map(SnapshotWrite(AUTO, "uid-1", old))["data"]["snapshot.json"]
+    assert read_snapshot(sent.snapshot_json) == read_snapshot(stored) == old
+    assert sent.version == version
 
 
 async def test_an_empty_set_is_allowed_on_purpose(server, rig, snapshots):
