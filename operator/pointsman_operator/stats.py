@@ -94,7 +94,8 @@ class PrometheusStats:
 def by_policy(rows: object) -> dict[Key, float]:
     """The values of an instant vector with the label ``policy`` (``namespace/name``).
 
-    What is no number, such as 0/0 without requests, is left out.
+    What is no number, such as 0/0 without requests, is left out. Prometheus extrapolates each
+    counter by itself, so that a share may come out above 1, which no status may hold.
     """
     found: dict[Key, float] = {}
     if not isinstance(rows, list):
@@ -106,5 +107,5 @@ def by_policy(rows: object) -> dict[Key, float]:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             continue
         if name and math.isfinite(value):
-            found[Key(namespace, name)] = round(value, DIGITS)
+            found[Key(namespace, name)] = round(min(1.0, max(0.0, value)), DIGITS)
     return found

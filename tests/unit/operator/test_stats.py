@@ -40,6 +40,13 @@ def test_rows_of_prometheus():
     assert stats.by_policy(None) == {}
 
 
+@pytest.mark.parametrize(("value", "shown"), [("1.04", 1.0), ("-0.01", 0.0), ("1", 1.0)])
+def test_shares_stay_within_what_a_status_may_hold(value, shown):
+    """Each counter is extrapolated by itself; the API server would refuse the whole status."""
+    rows = [{"metric": {"policy": "default/auto"}, "value": [0, value]}]
+    assert stats.by_policy(rows) == {AUTO: shown}
+
+
 def test_what_is_missing_is_taken_from_elsewhere():
     found = {AUTO: Performance(None, 0.5)}
     others = {AUTO: Performance(0.25, 0.75), IDLE: Performance(0.1, 0.0)}
