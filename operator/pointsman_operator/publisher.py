@@ -381,6 +381,8 @@ class GrpcServerClient:
         self._address = address
         self._tls = tls
         self._digest = b""
+        self._fault = ""
+        """Why changed files are not used."""
         self._channel: grpc.aio.Channel | None = None
 
     async def publish(self, publisher: str, what: SnapshotSet) -> ServerReport:
@@ -423,18 +425,35 @@ class GrpcServerClient:
             if self._channel is None:
                 self._channel = grpc.aio.insecure_channel(self._address, _CHANNEL_OPTIONS)
             return self._channel
-        ca, key, cert = (f.read_bytes() for f in (self._tls.ca, self._tls.key, self._tls.cert))
-        digest = sha256(b"\0".join((ca, key, cert))).digest()
-        if self._channel is None or digest != self._digest:
-            await self.close()
-            options = [*_CHANNEL_OPTIONS]
-            if self._tls.server_name:
-                # Policy servers are dialled by address; certificates name their Service.
-                options.append(("grpc.ssl_target_name_override", self._tls.server_name))
-            credentials = grpc.ssl_channel_credentials(ca, key, cert)
-            self._channel = grpc.aio.secure_channel(self._address, credentials, options)
-            self._digest = digest
+        if self._channel is not None and not self._has_other_files(self._tls):
+            return self._channel
+        ca, key, cert = self._tls.read()
+        await self.close()
+        options = [*_CHANNEL_OPTIONS]
+        if self._tls.server_name:
+            # Policy servers are dialled by address; certificates name their Service.
+            options.append(("grpc.ssl_target_name_override", self._tls.server_name))
+        credentials = grpc.ssl_channel_credentials(ca, key, cert)
+        self._channel = grpc.aio.secure_channel(self._address, credentials, options)
+        self._digest = _digest(ca, key, cert)
         return self._channel
+
+    def _has_other_files(self, tls: TlsFiles) -> bool:
+        """Whether there are other certificates, and good ones: they may be just being replaced."""
+        try:
+            if other := _digest(*tls.read()) != self._digest:
+                tls.check()
+            fault = ""
+        except (OSError, ValueError) as error:
+            other, fault = False, str(error)
+        if fault and fault != self._fault:
+            log.warning("certificates not read again, the former stay", reason=fault)
+        self._fault = fault
+        return other
+
+
+def _digest(*contents: bytes) -> bytes:
+    return sha256(b"\0".join(contents)).digest()
 
 
 def _applied(items: Iterable[pb.AppliedSnapshot]) -> Applied:

@@ -50,6 +50,10 @@ class TlsFiles:
     server_name: str = ""
     """Expected in the server's certificate; empty: its address."""
 
+    def read(self) -> tuple[bytes, bytes, bytes]:
+        """CA, key and certificate, as gRPC wants them; raises OSError."""
+        return self.ca.read_bytes(), self.key.read_bytes(), self.cert.read_bytes()
+
     def check(self) -> None:
         """Raise ValueError for files that cannot be read, or be used together."""
         for what, path in (("certificate", self.cert), ("key", self.key), ("CA", self.ca)):

@@ -487,6 +487,23 @@ async def test_certificates_are_read_again_when_they_change(tmp_path, snapshots)
         await rig.publisher.close()
 
 
+@pytest.mark.parametrize("how", ["half of it", "gone"])
+async def test_certificates_that_are_just_being_replaced_end_no_connection(tmp_path, how):
+    authority = Authority(tmp_path / "ca")
+    files = authority.write("operator")
+    async with serving(FakePolicyServer(), credentials=server_credentials(authority)) as server:
+        client = GrpcServerClient(server.address, files)
+        await client.status()
+        if how == "gone":
+            files.cert.unlink()
+        else:
+            files.cert.write_bytes(authority.issue("operator")[0])
+        assert (await client.status()).instance_id == "one"
+        authority.write("operator")
+        assert (await client.status()).instance_id == "one"
+        await client.close()
+
+
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
