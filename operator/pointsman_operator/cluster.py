@@ -84,6 +84,8 @@ PATHS: Final[Mapping[Kind, ApiPath]] = {
 _EVENTS: Final = ApiPath("/api/v1", "events")
 _REVIEWS: Final = ApiPath("/apis/authorization.k8s.io/v1", "selfsubjectaccessreviews")
 _NAMESPACE_TERMINATING: Final = "NamespaceTerminating"
+_MODIFIED: Final = "the object has been modified"
+"""A conflict with other writers, which another try mends; others are of the uid."""
 
 
 class ClusterError(OSError):
@@ -104,7 +106,8 @@ class ClusterError(OSError):
     @property
     def object_is_gone(self) -> bool:
         """It was deleted, is another one of the same name by now, or ends with its namespace."""
-        return self.status in (_NOT_FOUND, _CONFLICT) or self.cause == _NAMESPACE_TERMINATING
+        replaced = self.status == _CONFLICT and _MODIFIED not in str(self)
+        return self.status == _NOT_FOUND or replaced or self.cause == _NAMESPACE_TERMINATING
 
     @property
     def refused(self) -> bool:

@@ -115,6 +115,15 @@ async def test_an_object_that_is_gone(api_server, cluster, status):
     assert raised.value.object_is_gone
 
 
+async def test_a_conflict_with_another_writer_is_tried_again(api_server, cluster):
+    text = "Operation cannot be fulfilled on x: the object has been modified; please apply"
+    api_server.fail = failing(409, text)
+    with pytest.raises(ClusterError) as raised:
+        await cluster.write_status(StatusWrite(REF, {}))
+    assert not raised.value.object_is_gone
+    assert not raised.value.refused
+
+
 TERMINATING = {
     "kind": "Status",
     "message": "unable to create new content in namespace a because it is being terminated",
