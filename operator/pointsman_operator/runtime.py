@@ -41,6 +41,7 @@ from pointsman_operator.observed import (
     Observed,
     Performance,
     SnapshotMap,
+    read_meta,
 )
 from pointsman_operator.probe import Prober
 from pointsman_operator.publisher import GrpcServerClient, Publisher, ServerClient
@@ -190,8 +191,19 @@ class Operator:
     def feed(self, kind: Kind, event: Mapping[str, Any]) -> None:
         """Take in one watch event."""
         body = event.get("object")
-        if self.store.take_event(kind, event.get("type"), body, now=self._clock()):
+        changed = self.store.take_event(kind, event.get("type"), body, now=self._clock())
+        if changed and self._concerns_us(kind, body):
             self._changed.set()
+
+    def _concerns_us(self, kind: Kind, body: object) -> bool:
+        """Not so the pods of others: a busy cluster would be reconciled all the time."""
+        meta = read_meta(body) if isinstance(body, Mapping) else None
+        if kind in OWN_KINDS or meta is None:
+            return True
+        namespace, servers = meta.key.namespace, self.settings.policy_servers
+        if servers is not None and servers.service.namespace == namespace:
+            return True
+        return self.store.holds_any(Kind.EXPERT, namespace)
 
     # --- full lists --------------------------------------------------------------------
 

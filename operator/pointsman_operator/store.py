@@ -39,6 +39,10 @@ class Store:
         """A copy, so that it can be looked at in a thread."""
         return dict(self._tables[kind].objects)
 
+    def holds_any(self, kind: Kind, namespace: str) -> bool:
+        """Whether there is an object of the kind in a namespace."""
+        return any(key.namespace == namespace for key in self._tables[kind].objects)
+
     def installed(self, kind: Kind) -> bool:
         """Whether the API server knows the kind."""
         return self._tables[kind].installed

@@ -212,6 +212,22 @@ async def test_a_watch_event_takes_effect_without_a_list(api, rig):
         assert 'watch_age_seconds{kind="LLMExpert"}' in (await rig.get("/metrics"))[1]
 
 
+@pytest.mark.parametrize(
+    ("namespace", "concerns"), [("default", True), ("servers", True), ("elsewhere", False)]
+)
+async def test_pods_of_others_are_no_reason_to_reconcile(api, rig, namespace, concerns):
+    rig.operator = Operator(
+        replace(SETTINGS, policy_servers=ServiceRef.parse("servers/policy:1")), rig.cluster
+    )
+    rig.operator.feed(Kind.EXPERT, {"type": "ADDED", "object": api.expert()})
+    rig.operator._changed.clear()
+    pod = api.pod(meta={"namespace": namespace})
+    rig.operator.feed(Kind.POD, {"type": "ADDED", "object": pod})
+    assert rig.operator._changed.is_set() is concerns
+    # It is known all the same, should an expert come.
+    assert rig.operator.store.objects(Kind.POD)
+
+
 async def test_a_list_finds_what_no_watch_has_told(api, rig):
     rig.cluster.put(api.policy(), api.expert(), api.expert("chat", addresses=["10.0.0.2:1"]))
     async with rig.running(resync_interval_s=0.05):
