@@ -203,7 +203,7 @@ class Operator:
         namespace, servers = meta.key.namespace, self.settings.policy_servers
         if servers is not None and servers.service.namespace == namespace:
             return True
-        return self.store.holds_any(Kind.EXPERT, namespace)
+        return any(self.store.holds_any(own, namespace) for own in OWN_KINDS)
 
     # --- full lists --------------------------------------------------------------------
 
