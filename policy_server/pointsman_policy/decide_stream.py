@@ -24,6 +24,7 @@ from envoy.type.v3.http_status_pb2 import HttpStatus
 from google.protobuf.struct_pb2 import Struct
 
 from pointsman_core.router import Decision
+from pointsman_policy.eds import LB_NAMESPACE, POLICY_KEY
 from pointsman_policy.openai_api import (
     COMPLETION_PATHS,
     MODELS_PATH,
@@ -36,7 +37,7 @@ from pointsman_policy.openai_api import (
 )
 from pointsman_policy.service import Limits, RoutingService, parse_limits
 
-PICK_NAMESPACE = "envoy.lb"
+PICK_NAMESPACE = LB_NAMESPACE
 PICK_KEY = "x-gateway-destination-endpoint"
 """Where Envoy's override_host policy reads the pick: the endpoint-picker protocol's names."""
 DECISION_NAMESPACE = "pointsman"
@@ -181,7 +182,9 @@ def _metadata(decision: Decision) -> Struct:
     targets = ",".join(c.address for c in (chosen, *decision.retry_on))
     metadata = Struct()
     # Field by field: Struct.update() is Python and three times as slow.
-    metadata.fields[PICK_NAMESPACE].struct_value.fields[PICK_KEY].string_value = targets
+    balancing = metadata.fields[PICK_NAMESPACE].struct_value.fields
+    balancing[PICK_KEY].string_value = targets
+    balancing[POLICY_KEY].string_value = decision.snapshot.full_name
     decided = metadata.fields[DECISION_NAMESPACE].struct_value.fields
     decided["policy"].string_value = decision.snapshot.full_name
     decided["expert"].string_value = chosen.expert

@@ -84,6 +84,14 @@ class RoutingService:
                 by_address.setdefault(candidate.address, {})[candidate.expert] = candidate
         return {address: list(found.values()) for address, found in by_address.items()}
 
+    def policies(self) -> dict[str, tuple[str, ...]]:
+        """The full names of the policies that select each address."""
+        by_address: dict[str, dict[str, None]] = {}
+        for snapshot in self.snapshots:
+            for candidate in snapshot.candidates:
+                by_address.setdefault(candidate.address, {})[snapshot.full_name] = None
+        return {address: tuple(names) for address, names in by_address.items()}
+
     def install(self, snapshots: Sequence[Snapshot]) -> None:
         """Put these snapshots in force, all at once; a policy that did not change is kept."""
         self.state.set_endpoints(c.address for s in snapshots for c in s.candidates)

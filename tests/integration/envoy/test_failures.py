@@ -418,3 +418,43 @@ class TestSilentEngine:
         release.set()
         assert status == 504
         assert error_of(answer) == ("server_error", "timeout")
+
+
+async def unavailable(_request: web.Request) -> web.Response:
+    return web.json_response({}, status=503)
+
+
+async def announce(site, **policies):
+    """Tell Envoy which policies select each engine."""
+    engines = {"maths": site.maths, "code": site.code}
+    await site.policy.announce(
+        [dataclasses.replace(e.target, policies=policies[name]) for name, e in engines.items()]
+    )
+    await site.stat("cluster.experts.lb_subsets_active", lambda value: value > 0)
+
+
+async def test_a_retry_stays_with_the_endpoints_of_the_policy(site, toy):
+    await announce(site, maths=("ns/maths",), code=("ns/other",))
+    site.policy.decision = toy.Decision(picks=(site.maths.address,), policy="ns/maths")
+    site.maths.reply = unavailable
+    status, _, _ = await site.chat()
+    assert status == 503
+    assert site.maths.received
+    assert not site.code.received
+
+
+async def test_a_retry_goes_to_any_endpoint_of_the_policy(site, toy):
+    await announce(site, maths=("ns/maths", "ns/both"), code=("ns/both",))
+    site.policy.decision = toy.Decision(picks=(site.maths.address,), policy="ns/both")
+    site.maths.reply = unavailable
+    status, _, answer = await site.chat()
+    assert (status, answer) == (200, {"served_by": "code"})
+
+
+async def test_without_a_decision_any_endpoint_serves(site):
+    await announce(site, maths=("ns/maths",), code=("ns/other",))
+    await site.policy.stop()
+    await site.policy_gone()
+    site.maths.reply = unavailable
+    assert [(await site.chat())[0] for _ in range(6)] == [200] * 6
+    assert site.code.received

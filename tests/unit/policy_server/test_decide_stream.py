@@ -61,7 +61,10 @@ class TestRouted:
 
     def test_the_pick_and_its_reasons_are_dynamic_metadata(self, answer, service):
         assert MessageToDict(answer.dynamic_metadata) == {
-            "envoy.lb": {"x-gateway-destination-endpoint": f"{A},{B}"},
+            "envoy.lb": {
+                "x-gateway-destination-endpoint": f"{A},{B}",
+                "pointsman-policy": "default/auto",
+            },
             "pointsman": {
                 "policy": "default/auto",
                 "expert": "good",
