@@ -98,7 +98,7 @@ class DecideStream:
     def _check_body(self, headers: Mapping[str, str], *, ends: bool) -> None:
         if ends:
             raise ApiError(400, "missing_body", "The request has no body.")
-        encoding = headers.get("content-encoding", "identity").lower()
+        encoding = headers.get("content-encoding", "").lower() or "identity"
         if encoding != "identity":
             raise ApiError(
                 415, "unsupported_encoding", f"Content-Encoding {encoding[:40]} is not supported."
@@ -144,11 +144,21 @@ class DecideStream:
 
 
 def header_dict(headers: HeaderMap) -> dict[str, str]:
-    """Headers by lower-case name; Envoy sends ``raw_value``, older ones ``value``."""
-    return {
-        h.key.lower(): h.raw_value.decode("utf-8", "replace") if h.raw_value else h.value
-        for h in headers.headers
-    }
+    """Headers by lower-case name; Envoy sends ``raw_value``, older ones ``value``.
+
+    Repeated ones become one list with commas (RFC 9110, 5.3), so that none wins unseen.
+    """
+    lines = [(h.key.lower(), _text(h)) for h in headers.headers]
+    joined = dict(lines)
+    if len(joined) < len(lines):
+        for name in joined:
+            joined[name] = ", ".join(text for key, text in lines if key == name)
+    return joined
+
+
+def _text(header: HeaderValue) -> str:
+    raw: bytes = header.raw_value
+    return raw.decode("utf-8", "replace") if raw else str(header.value)
 
 
 def _require_method(method: str, allowed: tuple[str, ...], path: str) -> None:
