@@ -26,6 +26,11 @@ class TokenCounter(Protocol):
         """Tokens of the answer so far; exact once usage was seen."""
         ...
 
+    @property
+    def failed(self) -> bool:
+        """Whether the answer says of itself that it failed."""
+        ...
+
     def feed(self, chunk: bytes) -> int:
         """Take in the next bytes; returns how many new tokens they brought."""
         ...
@@ -38,6 +43,12 @@ class StreamCounter:
         self._rest = b""
         self._events = 0
         self._usage: int | None = None
+        self._failed = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether an event was an error: engines fail so once the status is out."""
+        return self._failed
 
     @property
     def total(self) -> int:
@@ -59,6 +70,7 @@ class StreamCounter:
             return False
         if not isinstance(event, dict):
             return False
+        self._failed = self._failed or bool(event.get("error"))
         usage = event.get("usage")
         told = usage.get("completion_tokens") if isinstance(usage, dict) else None
         if isinstance(told, int) and told >= 0:
@@ -69,6 +81,9 @@ class StreamCounter:
 
 class WholeCounter:
     """`TokenCounter` of an answer that comes as one JSON document."""
+
+    failed = False
+    """Its status tells."""
 
     def __init__(self) -> None:
         self._tail = b""

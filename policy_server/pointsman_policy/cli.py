@@ -159,6 +159,9 @@ def envoy(
 
     try:
         clients, admins = SocketAddress.parse(listen), SocketAddress.parse(admin)
+        for option, address in (("--listen", clients), ("--admin", admins)):
+            if address.pipe:
+                raise ValueError(f"{option} takes ip:port, no unix address")  # noqa: TRY301
         SocketAddress.parse(policy_server)  # its message is plainer than the settings'
         settings = EnvoySettings(
             listen_address=clients.host,

@@ -24,6 +24,7 @@ from envoy.type.v3.http_status_pb2 import HttpStatus
 from google.protobuf.struct_pb2 import Struct
 
 from pointsman_core.router import Decision
+from pointsman_policy.eds import LB_NAMESPACE, POLICY_KEY
 from pointsman_policy.openai_api import (
     COMPLETION_PATHS,
     MODELS_PATH,
@@ -36,7 +37,7 @@ from pointsman_policy.openai_api import (
 )
 from pointsman_policy.service import Limits, RoutingService, parse_limits
 
-PICK_NAMESPACE = "envoy.lb"
+PICK_NAMESPACE = LB_NAMESPACE
 PICK_KEY = "x-gateway-destination-endpoint"
 """Where Envoy's override_host policy reads the pick: the endpoint-picker protocol's names."""
 DECISION_NAMESPACE = "pointsman"
@@ -97,7 +98,7 @@ class DecideStream:
     def _check_body(self, headers: Mapping[str, str], *, ends: bool) -> None:
         if ends:
             raise ApiError(400, "missing_body", "The request has no body.")
-        encoding = headers.get("content-encoding", "identity").lower()
+        encoding = headers.get("content-encoding", "").lower() or "identity"
         if encoding != "identity":
             raise ApiError(
                 415, "unsupported_encoding", f"Content-Encoding {encoding[:40]} is not supported."
@@ -143,11 +144,21 @@ class DecideStream:
 
 
 def header_dict(headers: HeaderMap) -> dict[str, str]:
-    """Headers by lower-case name; Envoy sends ``raw_value``, older ones ``value``."""
-    return {
-        h.key.lower(): h.raw_value.decode("utf-8", "replace") if h.raw_value else h.value
-        for h in headers.headers
-    }
+    """Headers by lower-case name; Envoy sends ``raw_value``, older ones ``value``.
+
+    Repeated ones become one list with commas (RFC 9110, 5.3), so that none wins unseen.
+    """
+    lines = [(h.key.lower(), _text(h)) for h in headers.headers]
+    joined = dict(lines)
+    if len(joined) < len(lines):
+        for name in joined:
+            joined[name] = ", ".join(text for key, text in lines if key == name)
+    return joined
+
+
+def _text(header: HeaderValue) -> str:
+    raw: bytes = header.raw_value
+    return raw.decode("utf-8", "replace") if raw else str(header.value)
 
 
 def _require_method(method: str, allowed: tuple[str, ...], path: str) -> None:
@@ -181,7 +192,9 @@ def _metadata(decision: Decision) -> Struct:
     targets = ",".join(c.address for c in (chosen, *decision.retry_on))
     metadata = Struct()
     # Field by field: Struct.update() is Python and three times as slow.
-    metadata.fields[PICK_NAMESPACE].struct_value.fields[PICK_KEY].string_value = targets
+    balancing = metadata.fields[PICK_NAMESPACE].struct_value.fields
+    balancing[PICK_KEY].string_value = targets
+    balancing[POLICY_KEY].string_value = decision.snapshot.full_name
     decided = metadata.fields[DECISION_NAMESPACE].struct_value.fields
     decided["policy"].string_value = decision.snapshot.full_name
     decided["expert"].string_value = chosen.expert

@@ -30,6 +30,11 @@ CLUSTER: Final = "experts"
 """The one cluster that has endpoints."""
 METADATA_NAMESPACE: Final = "pointsman"
 """Filter metadata of every endpoint: ``served_models`` and ``expert``, both strings."""
+LB_NAMESPACE: Final = "envoy.lb"
+"""Metadata of endpoints and of requests by which Envoy balances."""
+POLICY_KEY: Final = "pointsman-policy"
+"""In it: the policies that select an endpoint, and the one that decided a request. So a retry
+beyond the picks stays with the policy's endpoints."""
 TYPE_URL: Final = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 
 _OVERPROVISIONING_PERCENT: Final = 1_000_000
@@ -48,6 +53,8 @@ class EdsEndpoint:
     expert: str
     ready: bool = True
     """Not ready: Envoy uses it only where no ready endpoint is alive by Envoy's own checks."""
+    policies: tuple[str, ...] = ()
+    """Full names of the policies whose requests may go there."""
 
 
 # --- Protocol ----------------------------------------------------------------------------
@@ -137,6 +144,7 @@ def _join(first: EdsEndpoint, second: EdsEndpoint) -> EdsEndpoint:
         first,
         served_models=tuple(dict.fromkeys(first.served_models + second.served_models)),
         expert=",".join(experts),
+        policies=tuple(dict.fromkeys(first.policies + second.policies)),
         ready=first.ready or second.ready,
     )
 
@@ -162,6 +170,8 @@ def _lb_endpoint(endpoint: EdsEndpoint) -> Message:
     metadata.filter_metadata[METADATA_NAMESPACE].update(
         {"served_models": ",".join(endpoint.served_models), "expert": endpoint.expert}
     )
+    if endpoint.policies:
+        metadata.filter_metadata[LB_NAMESPACE].update({POLICY_KEY: list(endpoint.policies)})
     # Not UNHEALTHY: that would keep out, while nobody is there to take it back, also an endpoint
     # that lives again. Envoy's own checks tell the dead ones.
     status = health_check_pb2.UNKNOWN if endpoint.ready else health_check_pb2.DEGRADED

@@ -197,12 +197,14 @@ class PolicyServer:
         await self._set_serving(ready=True)
 
     def _publish_endpoints(self) -> None:
+        policies = self.service.policies()
         self._eds.set_endpoints(
             [
                 EdsEndpoint(
                     address=address,
                     served_models=candidate.served_models,
                     expert=candidate.expert,
+                    policies=policies[address],
                     ready=self.service.state.is_ready(address),
                 )
                 for address, found in self.service.candidates().items()

@@ -4,6 +4,7 @@ Pure bookkeeping round `pointsman_core`, no I/O: the ext_proc streams, the serve
 API and the benchmarks all call this. One event loop owns it; nothing here blocks.
 """
 
+import re
 import time
 import zlib
 from collections import OrderedDict
@@ -26,6 +27,9 @@ RECENT_DECISIONS = 1024
 
 MAX_LIMIT_MS = 600_000.0
 """The largest latency limit, the same bound as the CRD has."""
+
+
+_NUMBER = re.compile(r"\s*(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,14 @@ class RoutingService:
             for candidate in snapshot.candidates:
                 by_address.setdefault(candidate.address, {})[candidate.expert] = candidate
         return {address: list(found.values()) for address, found in by_address.items()}
+
+    def policies(self) -> dict[str, tuple[str, ...]]:
+        """The full names of the policies that select each address."""
+        by_address: dict[str, dict[str, None]] = {}
+        for snapshot in self.snapshots:
+            for candidate in snapshot.candidates:
+                by_address.setdefault(candidate.address, {})[snapshot.full_name] = None
+        return {address: tuple(names) for address, names in by_address.items()}
 
     def install(self, snapshots: Sequence[Snapshot]) -> None:
         """Put these snapshots in force, all at once; a policy that did not change is kept."""
@@ -269,10 +281,8 @@ def _parse_limit(headers: Mapping[str, str], name: str) -> float | None:
     text = headers.get(name)
     if text is None:
         return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
+    # Not by float() alone: it also takes 1_0, and the digits of other scripts.
+    value = float(text) if _NUMBER.fullmatch(text) else float("nan")
     if not 0.0 < value <= MAX_LIMIT_MS:
         raise ApiError(
             400,

@@ -87,6 +87,8 @@ class ServerSettings:
                 "give either --manifests DIR (files decide, no cluster) or --snapshots PATH"
                 " (an operator decides)"
             )
+        for option in ("grpc_address", "http_address", "control_address"):
+            _check_address(option, getattr(self, option))
         if self.control_address is None:
             if self.tls is not None:
                 raise ValueError("--tls-cert, --tls-key and --tls-client-ca need --control-address")
@@ -100,6 +102,16 @@ class ServerSettings:
                 f"--control-address {self.control_address} can be reached from other machines:"
                 " give --tls-cert, --tls-key and --tls-client-ca, or a loopback or unix address"
             )
+
+
+def _check_address(option: str, address: str | None) -> None:
+    # Not left to gRPC: it takes port 99999 for another one.
+    if address is None:
+        return
+    try:
+        SocketAddress.parse(address)
+    except ValueError as error:
+        raise ValueError(f"--{option.replace('_', '-')}: {error}") from None
 
 
 def is_local(address: str) -> bool:

@@ -25,7 +25,7 @@ class Outcome(StrEnum):
     OK = "ok"
     """The whole answer passed."""
     ERROR = "error"
-    """The answer was an error status."""
+    """The answer was an error status, or its stream carried an error."""
     ABORTED = "aborted"
     """The client went away, or the engine died in the middle."""
 
@@ -219,7 +219,7 @@ class RequestTracker:
 def _outcome(known: Tracked, *, complete: bool) -> Outcome:
     if not complete:
         return Outcome.ABORTED
-    return Outcome.ERROR if known.status >= 400 else Outcome.OK
+    return Outcome.ERROR if known.status >= 400 or known.counter.failed else Outcome.OK
 
 
 def _predicted_quality(known: Tracked, decision: Decision, admitted: Admitted) -> float:

@@ -233,3 +233,24 @@ async def test_sigterm_lets_requests_under_way_finish(bare_site, in_front):
         assert await site.server.process.wait() == 0
         log = (site.folder / "policy-server.log").read_text()
         assert '"event": "stopped"' in log
+
+
+async def test_a_retry_never_leaves_the_experts_that_the_policy_selects(bare_site, in_front):
+    await bare_site.start_engine("ant", "--fail-after-tokens", "0")
+    await bare_site.start_engine("bee")
+    for name in ("ant", "bee"):
+        bare_site.experts[name]["metadata"]["labels"] = {"only": name}
+    bare_site.declare_policy("auto", selector={"matchLabels": {"only": "ant"}})
+    bare_site.declare_policy("other", selector={"matchLabels": {"only": "bee"}})
+    async with in_front(bare_site, answers=False) as site:
+        assert (await site.ask(model="other"))[0] == 200
+        status, headers, document = await site.ask()
+        assert (status, headers.get("x-pointsman-expert")) == (503, None)
+        assert document["error"]["code"] == "endpoint_failed"
+        # A policy that comes later and selects both has both to retry on.
+        site.declare_policy("both")
+        site.write_manifests()
+        await site.until(lambda s: "default/both" in s["snapshots"], "the new policy in force")
+        answers = [await site.ask(model="both") for _ in range(4)]
+        assert {(status, h["x-pointsman-expert"]) for status, h, _ in answers} == {(200, "bee")}
+        await site.until_empty()

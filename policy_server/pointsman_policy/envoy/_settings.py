@@ -96,6 +96,9 @@ class EnvoySettings(BaseModel):
     client_idle_timeout_s: Seconds = 600
     """A client's connection without requests is closed after this time."""
 
+    header_receive_timeout_s: Seconds = 10
+    """Longest time that a client may take to send its request's headers."""
+
     request_receive_timeout_s: Seconds = 60
     """Longest time that a client may take to send its request."""
 

@@ -221,6 +221,10 @@ BAD_HTTP = {
     "two lengths": (b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + TWO_LENGTHS, 400),
     "NUL in the path": (b"GET /v1/%00 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", 400),
     "no host": (b"GET /v1/models HTTP/1.1\r\n\r\n", 400),
+    "another coding": (
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip, chunked\r\n\r\n",
+        501,
+    ),
     "no HTTP": (b"\x16\x03\x01\x00\xa5\r\n\r\n", 400),
     "old HTTP": (b"GET /v1/models HTTP/1.0\r\nhost: x\r\n\r\n", 426),
 }
@@ -233,6 +237,46 @@ async def test_bad_http_gets_an_error_object(site, what):
     assert got == status
     assert error_of(answer) == ("invalid_request_error", "bad_request")
     assert site.policy.of("decide") == site.maths.received == []
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "want", "tells"),
+    [
+        (b"GET /v1/models HTTP/1.0\r\nhost: x\r\n\r\n", 426, "bad_request", "use HTTP/1.1"),
+        (b"CONNECT x:443 HTTP/1.1\r\nhost: x:443\r\n\r\n", 403, "bad_request", "CONNECT"),
+        (
+            b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
+            403,
+            "bad_request",
+            "websocket",
+        ),
+    ],
+)
+async def test_what_is_not_spoken_is_refused_in_words(site, request_, status, want, tells):
+    got, answer = await raw(site, request_)
+    assert (got, error_of(answer)) == (status, ("invalid_request_error", want))
+    assert tells in answer["error"]["message"]
+
+
+class TestSlowClients:
+    @pytest.fixture
+    def settings(self, policy) -> EnvoySettings:
+        ports = {"listen_port": 0, "admin_port": 0, "policy_server_address": policy.address}
+        return EnvoySettings(**ports, request_receive_timeout_s=1, header_receive_timeout_s=1)
+
+    @pytest.mark.parametrize(
+        "begun",
+        [
+            b"POST /v1/comp",
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{",
+        ],
+    )
+    async def test_are_told_that_they_were(self, site, begun):
+        got, answer = await raw(site, begun)
+        assert (got, error_of(answer)) == (408, ("invalid_request_error", "request_timeout"))
+        assert answer["error"]["message"] == (
+            "The request did not arrive in time: 1 s for its headers, 1 s for all of it."
+        )
 
 
 async def test_bad_http_is_observed_as_an_answer_without_a_request(site):
@@ -418,3 +462,43 @@ class TestSilentEngine:
         release.set()
         assert status == 504
         assert error_of(answer) == ("server_error", "timeout")
+
+
+async def unavailable(_request: web.Request) -> web.Response:
+    return web.json_response({}, status=503)
+
+
+async def announce(site, **policies):
+    """Tell Envoy which policies select each engine."""
+    engines = {"maths": site.maths, "code": site.code}
+    await site.policy.announce(
+        [dataclasses.replace(e.target, policies=policies[name]) for name, e in engines.items()]
+    )
+    await site.stat("cluster.experts.lb_subsets_active", lambda value: value > 0)
+
+
+async def test_a_retry_stays_with_the_endpoints_of_the_policy(site, toy):
+    await announce(site, maths=("ns/maths",), code=("ns/other",))
+    site.policy.decision = toy.Decision(picks=(site.maths.address,), policy="ns/maths")
+    site.maths.reply = unavailable
+    status, _, _ = await site.chat()
+    assert status == 503
+    assert site.maths.received
+    assert not site.code.received
+
+
+async def test_a_retry_goes_to_any_endpoint_of_the_policy(site, toy):
+    await announce(site, maths=("ns/maths", "ns/both"), code=("ns/both",))
+    site.policy.decision = toy.Decision(picks=(site.maths.address,), policy="ns/both")
+    site.maths.reply = unavailable
+    status, _, answer = await site.chat()
+    assert (status, answer) == (200, {"served_by": "code"})
+
+
+async def test_without_a_decision_any_endpoint_serves(site):
+    await announce(site, maths=("ns/maths",), code=("ns/other",))
+    await site.policy.stop()
+    await site.policy_gone()
+    site.maths.reply = unavailable
+    assert [(await site.chat())[0] for _ in range(6)] == [200] * 6
+    assert site.code.received

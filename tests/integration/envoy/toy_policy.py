@@ -19,7 +19,7 @@ from envoy.type.v3 import http_status_pb2
 from google.protobuf import any_pb2, struct_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from pointsman_policy.eds import CLUSTER, EdsEndpoint, load_assignment
+from pointsman_policy.eds import CLUSTER, POLICY_KEY, EdsEndpoint, load_assignment
 
 PICK = "x-gateway-destination-endpoint"
 
@@ -32,6 +32,7 @@ class Target:
     models: tuple[str, ...]
     expert: str
     ready: bool = True
+    policies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Decision:
     picks: tuple[str, ...] = ()
     explain: bool = False
     why: str = "because"
+    policy: str | None = None
 
 
 @dataclass
@@ -185,8 +187,11 @@ def answer_body(body: bytes, decision: Decision) -> ext_proc.ProcessingResponse:
         "decision_id": "d-1",
     }
     response.dynamic_metadata.update({"pointsman": pointsman})
-    if decision.picks:
-        response.dynamic_metadata.update({"envoy.lb": {PICK: ",".join(decision.picks)}})
+    balancing = {PICK: ",".join(decision.picks)} if decision.picks else {}
+    if decision.policy is not None:
+        balancing[POLICY_KEY] = decision.policy
+    if balancing:
+        response.dynamic_metadata.update({"envoy.lb": balancing})
     return response
 
 
@@ -206,7 +211,7 @@ async def _drain(iterator) -> None:
 
 def _discovery_response(targets: Sequence[Target], version: str):
     # Health and weights are what Envoy is tested with: the product's own message.
-    endpoints = [EdsEndpoint(t.address, t.models, t.expert, t.ready) for t in targets]
+    endpoints = [EdsEndpoint(t.address, t.models, t.expert, t.ready, t.policies) for t in targets]
     assignment = load_assignment(CLUSTER, endpoints)
     resource = any_pb2.Any()
     resource.Pack(assignment)

@@ -95,6 +95,21 @@ def test_no_bytes_make_it_fail(noise, position):
         assert counter.total >= 0
 
 
+@pytest.mark.parametrize(
+    ("stream", "want"),
+    [
+        (sse(WORD, {"error": {"message": "boom", "code": 500}}) + DONE, True),
+        (sse(WORD, {"error": "boom"}, WORD), True),
+        (sse(WORD | {"error": None}, STOP) + DONE, False),
+        (sse(WORD, usage(3)) + DONE, False),
+    ],
+)
+def test_an_error_in_the_middle_is_noticed(stream, want):
+    counter = StreamCounter()
+    counter.feed(stream)
+    assert counter.failed is want
+
+
 def test_a_huge_event_is_dropped_and_the_next_one_counts():
     counter = StreamCounter()
     huge = sse(delta(content="x" * 2 * MAX_EVENT_BYTES))

@@ -67,6 +67,13 @@ class TestSettings:
                 " --tls-cert, --tls-key and --tls-client-ca, or a loopback or unix address$",
             ),
             ({"snapshots": FILES, "control_address": "localhost:1"}, "is no ip:port"),
+            ({"manifests": FILES, "grpc_address": "foo"}, "^--grpc-address: 'foo' is neither ip:p"),
+            ({"manifests": FILES, "grpc_address": "0.0.0.0:99999"}, "ports end at 65535"),
+            ({"manifests": FILES, "http_address": "x:1"}, "^--http-address: 'x:1' is no ip:port"),
+            (
+                {"snapshots": FILES, "control_address": "0.0.0.0:99999", "tls": TLS},
+                "^--control-address: .* ports end at 65535",
+            ),
         ],
     )
     def test_that_do_not(self, fields, message):

@@ -61,7 +61,10 @@ class TestRouted:
 
     def test_the_pick_and_its_reasons_are_dynamic_metadata(self, answer, service):
         assert MessageToDict(answer.dynamic_metadata) == {
-            "envoy.lb": {"x-gateway-destination-endpoint": f"{A},{B}"},
+            "envoy.lb": {
+                "x-gateway-destination-endpoint": f"{A},{B}",
+                "pointsman-policy": "default/auto",
+            },
             "pointsman": {
                 "policy": "default/auto",
                 "expert": "good",
@@ -206,6 +209,7 @@ class TestHeaders:
             {"content_length": "²"},
             {"content_length": "-5"},
             {"content_encoding": "identity"},
+            {"content_encoding": ""},
             {"accept_encoding": "gzip"},
         ],
     )
@@ -224,6 +228,12 @@ class TestHeaders:
         )
         want = {"x-raw": "café", "x-old": "old", "x-odd": "�", "x-empty": ""}
         assert header_dict(headers) == want
+
+    def test_repeated_ones_are_one_list(self):
+        lines = [
+            HeaderValue(key=k, raw_value=v) for k, v in [("A", b"1"), ("b", b"2"), ("a", b"3")]
+        ]
+        assert header_dict(HeaderMap(headers=lines)) == {"a": "1, 3", "b": "2"}
 
 
 class TestModels:

@@ -1,5 +1,7 @@
 """The protocol's state machine and the resources that it carries."""
 
+from dataclasses import replace
+
 import pytest
 from envoy.config.core.v3 import health_check_pb2
 from google.protobuf.json_format import MessageToDict
@@ -141,6 +143,14 @@ class TestEndpoints:
                     ]
                 }
             ],
+        }
+
+    def test_the_policies_that_may_use_it(self):
+        shared = merge_endpoints([replace(A, policies=("x/a",)), replace(A, policies=("x/b",))])
+        message = load_assignment("experts", shared)
+        metadata = message.endpoints[0].lb_endpoints[0].metadata
+        assert MessageToDict(metadata)["filterMetadata"]["envoy.lb"] == {
+            "pointsman-policy": ["x/a", "x/b"]
         }
 
     @pytest.mark.parametrize(

@@ -220,6 +220,18 @@ class TestWithModel:
         assert got.model == "last"
         assert got.with_model("m") == b'{"model":"m","prompt":"x"}'
 
+    @pytest.mark.parametrize(
+        "nested", [b'{"model": "auto"}', b'{"x\\"model": "auto"}', b'[{"a": {"model" : "x"}}]']
+    )
+    @pytest.mark.parametrize("key", [b"\\u006dodel", b"m\\u006Fdel", b"mode\\u006c"])
+    def test_a_nested_one_stays_when_the_key_is_escaped(self, key, nested):
+        request = parse_completion(b'{"' + key + b'": "auto", "prompt": "x", "n": ' + nested + b"}")
+        assert orjson.loads(request.with_model("m")) == {
+            "model": "m",
+            "prompt": "x",
+            "n": orjson.loads(nested),
+        }
+
     def test_the_request_itself_does_not_change(self):
         request = parse_completion(body())
         request.with_model("other")

@@ -193,6 +193,16 @@ class TestOutcome:
         assert latencies == (1 if want == "ok" else 0)
         assert len(service.state) == 0
 
+    def test_an_error_in_the_middle_of_a_stream_is_one(self, service, steps, counted):
+        for step in "ODR":
+            steps(step)
+        steps("C")
+        service.tracker.received("r1", b'data: {"error": {"message": "boom"}}\n\n', now_s=100.5)
+        service.tracker.ended("r1", complete=True, now_s=101.0)
+        assert counted(service, "completions_total", **GOOD, outcome="error") == 1
+        assert counted(service, "latency_per_token_seconds_count", **GOOD) == 0
+        assert counted(service, "predicted_qos_total", policy="default/auto") == 0
+
 
 class TestRetried:
     def test_is_counted_where_it_is_served(self, service, steps, counted):
