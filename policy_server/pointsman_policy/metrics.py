@@ -100,6 +100,10 @@ class Metrics:
             "pointsman_endpoint_ready", "1 where decisions may choose the endpoint.",
             ["endpoint", "expert"], registry=r,
         )  # fmt: skip
+        self.pauses = Counter(
+            "pointsman_pauses", "Times that an endpoint got no decisions since it only failed.",
+            ["expert"], registry=r,
+        )  # fmt: skip
         self.scrape_errors = Counter(
             "pointsman_scrape_errors", "Failed scrapes of engines.",
             ["endpoint", "kind"], registry=r,

@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import structlog
+
 from pointsman_core.observation import Request
 from pointsman_core.predictors import Artefact, make_predictor
 from pointsman_core.router import Decision, Rejection, Router
@@ -18,6 +20,7 @@ from pointsman_core.state import LiveState
 from pointsman_policy.metrics import Metrics
 from pointsman_policy.models import ModelStore, PolicyModel
 from pointsman_policy.openai_api import ApiError, CompletionRequest, unknown_model
+from pointsman_policy.outliers import Outliers
 from pointsman_policy.stats import WINDOW_S, PolicyStatistics
 from pointsman_policy.tracker import RequestTracker
 
@@ -26,6 +29,8 @@ RECENT_DECISIONS = 1024
 
 MAX_LIMIT_MS = 600_000.0
 """The largest latency limit, the same bound as the CRD has."""
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class RoutingService:
         self.statistics = PolicyStatistics(window_s=stats_window_s)
         self.tracker = RequestTracker(self.state, metrics, self.statistics)
         self.clock = clock
+        self._outliers = Outliers()
         self._seed = seed
         self._artefact = artefact
         self.model_store = models or ModelStore()
@@ -98,6 +104,7 @@ class RoutingService:
         self._by_model = {m: r for r in routers.values() for m in r.snapshot.models}
         self._installed = True
         self.statistics.retain(routers)
+        self._outliers.retain(self.candidates())
         self._show_snapshots()
 
     def _make_router(self, snapshot: Snapshot) -> Router:
@@ -156,8 +163,13 @@ class RoutingService:
 
     def decide(self, router: Router, request: Request) -> Decision:
         """Decide and count, without touching the in-flight table."""
+        now = self.clock()
+        for address in self._outliers.due(now_s=now):
+            self.state.set_paused(address, paused=False)
         started = time.perf_counter()
-        decision = router.decide(request, now_s=self.clock())
+        decision = router.decide(request, now_s=now)
+        if decision.rejection is Rejection.NO_READY_ENDPOINT and self._resume_all(router):
+            decision = router.decide(request, now_s=now)
         elapsed = time.perf_counter() - started
         self._count(decision, elapsed)
         return decision
@@ -196,6 +208,46 @@ class RoutingService:
             raise rejection_error(decision)
         self.tracker.decided(request_id, decision)
         return decision
+
+    # --- endpoints that only fail ------------------------------------------------------
+
+    def answered(self, address: str | None, *, status: int) -> None:
+        """Note how an endpoint answered: one that only fails gets no decisions for a while.
+
+        Unless some policy would be left with none: then its errors are as good an answer as any.
+        """
+        if address is None or 400 <= status < 500:  # those are the client's
+            return
+        if status < 400:
+            self._outliers.succeeded(address)
+        elif self._outliers.failed(address) and self._can_be_spared(address):
+            seconds = self._outliers.pause(address, now_s=self.clock())
+            self.state.set_paused(address, paused=True)
+            experts = ",".join(c.expert for c in self.candidates().get(address, ()))
+            self.metrics.pauses.labels(experts).inc()
+            log.warning("endpoint only fails", address=address, status=status, pause_s=seconds)
+
+    def _can_be_spared(self, address: str) -> bool:
+        """Whether each policy of an endpoint in force can choose another one."""
+        pools = [{c.address for c in snapshot.candidates} for snapshot in self.snapshots]
+        pools = [pool for pool in pools if address in pool]
+        return bool(pools) and all(
+            any(self._may_be_chosen(other) for other in pool - {address}) for pool in pools
+        )
+
+    def _may_be_chosen(self, address: str) -> bool:
+        return self.state.is_ready(address) and not self.state.is_paused(address)
+
+    def _resume_all(self, router: Router) -> bool:
+        """Put a policy's endpoints in use again that were left alone; whether there were any."""
+        addresses = {c.address for c in router.snapshot.candidates}
+        paused = [address for address in addresses if self.state.is_paused(address)]
+        for address in paused:
+            self._outliers.resume(address)
+            self.state.set_paused(address, paused=False)
+        return bool(paused)
+
+    # --- past decisions ----------------------------------------------------------------
 
     def recent(self, request_id: str) -> Decision | None:
         """A past decision, while it is remembered."""

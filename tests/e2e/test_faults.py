@@ -196,6 +196,21 @@ async def test_an_engines_error_passes_unchanged_and_is_counted(bare_site, in_fr
         assert await outcomes_of_ant(site) == {"error": 3}
 
 
+async def test_an_engine_that_answers_only_errors_does_not_draw_all_requests(bare_site, in_front):
+    """Its metrics page is fine, and the decider likes it best."""
+    await bare_site.start_engine("ant", "--error-rate", "1", quality={"default": 0.9})
+    await bare_site.start_engine("bee", quality={"default": 0.5})
+    bare_site.declare_policy(algorithm="QualityGreedy")
+    async with in_front(bare_site, answers=False) as site:
+        statuses = []
+        while len(statuses) < 30 and 200 not in statuses:
+            status, headers, _ = await site.ask(max_tokens=1)
+            statuses.append(status)
+        assert statuses[-1] == 200
+        assert headers["x-pointsman-expert"] == "bee"
+        assert await site.metric("pointsman_pauses_total") == {'expert="ant"': 1}
+
+
 async def test_a_connection_dropped_by_the_engine_mid_stream_leaves_no_entry(bare_site, in_front):
     await bare_site.start_engine("ant", "--fail-after-tokens", "5")
     bare_site.declare_policy()

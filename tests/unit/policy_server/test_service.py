@@ -268,7 +268,7 @@ class TestShown:
         assert (shown["in_flight"], shown["tracked"]) == (1, 1)
         version = service.snapshots[0].version
         assert shown["snapshots"] == {AUTO: {"version": version, "generation": 1}}
-        empty = {"foreign": 0, "running": None, "waiting": None, "kv_usage": None}
+        empty = {"paused": False, "foreign": 0, "running": None, "waiting": None, "kv_usage": None}
         assert shown["endpoints"] == {
             A: {"expert": "good", "ready": True, "in_flight": 1} | empty,
             B: {"expert": "fast", "ready": False, "in_flight": 0} | empty,
