@@ -30,6 +30,12 @@ RECENT_DECISIONS = 1024
 MAX_LIMIT_MS = 600_000.0
 """The largest latency limit, the same bound as the CRD has."""
 
+LEAST_LIMIT_S = 1e-9
+"""A smaller limit counts as this one: nobody keeps it either, and ratios to it stay finite.
+
+Those of a request are seen by all that are decided while it is in flight.
+"""
+
 log = structlog.get_logger(__name__)
 
 
@@ -297,8 +303,8 @@ def make_request(
         prompt=prompt,
         prompt_tokens=prompt_tokens,
         arrival_s=arrival_s,
-        limit_s=per_token / 1e3,
-        first_token_limit_s=float("inf") if first is None else first / 1e3,
+        limit_s=max(per_token / 1e3, LEAST_LIMIT_S),
+        first_token_limit_s=float("inf") if first is None else max(first / 1e3, LEAST_LIMIT_S),
         max_output_tokens=max_output_tokens,
         streams=streams,
     )
