@@ -42,6 +42,9 @@ from pointsman_proto.v1.pointsman_pb2_grpc import add_PolicyServiceServicer_to_s
 
 EXPIRY_INTERVAL_S = 5.0
 
+MAX_ANSWER_PIECE_BYTES = 4 * 1024 * 1024
+"""Of an answer, `observe` gets what Envoy read at once: up to its buffer limit of 1 MiB."""
+
 HEALTH_SERVICES = (
     "",
     "readiness",
@@ -264,8 +267,9 @@ class PolicyServer:
 
     @contextlib.asynccontextmanager
     async def _grpc(self) -> AsyncIterator[None]:
-        # The body, and room for the rest of its message.
-        longest = ("grpc.max_receive_message_length", self._settings.body_limit_bytes + 65_536)
+        # The longest body of a request or piece of an answer, and room for the rest of its message.
+        body = max(self._settings.body_limit_bytes, MAX_ANSWER_PIECE_BYTES)
+        longest = ("grpc.max_receive_message_length", body + 65_536)
         server = grpc.aio.server(options=[*_GRPC_OPTIONS, longest])
         ext_proc = ExtProcServicer(self.service, body_limit_bytes=self._settings.body_limit_bytes)
         add_ExternalProcessorServicer_to_server(ext_proc, server)
