@@ -7,7 +7,7 @@ API and the benchmarks all call this. One event loop owns it; nothing here block
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -99,13 +99,18 @@ class RoutingService:
     def install(self, snapshots: Sequence[Snapshot]) -> None:
         """Put these snapshots in force, all at once; a policy that did not change is kept."""
         self.state.set_endpoints(c.address for s in snapshots for c in s.candidates)
+        models = self._find_models(snapshots)
         routers = {}
         for snapshot in snapshots:
             key = snapshot.full_name
-            old = self._routers.get(key)
-            unchanged = old is not None and old.snapshot.version == snapshot.version
-            routers[key] = old if old and unchanged else self._make_router(snapshot)
-        self._put_in_models(routers)
+            old, model = self._routers.get(key), models.get(key)
+            if old is None or old.snapshot.version != snapshot.version:
+                routers[key] = self._make_router(snapshot, model)
+                continue
+            routers[key] = old
+            if model is not None:
+                old.replace_decider(model.decider())
+        self._policy_models = models
         self._routers = routers
         self._by_model = {m: r for r in routers.values() for m in r.snapshot.models}
         self._installed = True
@@ -113,27 +118,27 @@ class RoutingService:
         self._outliers.retain(self.candidates())
         self._show_snapshots()
 
-    def _make_router(self, snapshot: Snapshot) -> Router:
+    def _make_router(self, snapshot: Snapshot, model: PolicyModel | None) -> Router:
         seed = None if self._seed is None else policy_seed(self._seed, snapshot)
         predictor = make_predictor(self._artefact, snapshot)
-        return Router(snapshot, self.state, predictor=predictor, seed=seed)
+        decider = None if model is None else model.decider()
+        return Router(snapshot, self.state, predictor=predictor, decider=decider, seed=seed)
 
-    def _put_in_models(self, routers: Mapping[str, Router]) -> None:
-        """Give policies their models; one that could not be loaded before is tried again."""
+    def _find_models(self, snapshots: Iterable[Snapshot]) -> dict[str, PolicyModel]:
+        """The policies' models; one that could not be loaded before is tried again."""
         found = {}
         self.metrics.model_info.clear()
-        for name, router in routers.items():
-            before = self._policy_models.get(name)
-            one = self.model_store.of(router.snapshot, before)
+        for snapshot in snapshots:
+            name = snapshot.full_name
+            one = self.model_store.of(snapshot, self._policy_models.get(name))
             if one is None:
                 continue
-            router.replace_decider(one.decider())
             found[name] = one
             if one.model is not None:
                 self.metrics.model_info.labels(name, one.model.sha256).set(1)
             if one.error:
                 self.metrics.model_failures.labels(name).inc()
-        self._policy_models = found
+        return found
 
     def model(self, policy: str) -> PolicyModel | None:
         """What a policy, by its full name, decides by; None where it needs no model."""
