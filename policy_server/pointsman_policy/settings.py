@@ -82,6 +82,7 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         """Refuse what does not go together, by ValueError."""
+        self._check_addresses()
         if bool(self.manifests) == bool(self.snapshots):
             raise ValueError(
                 "give either --manifests DIR (files decide, no cluster) or --snapshots PATH"
@@ -100,6 +101,18 @@ class ServerSettings:
                 f"--control-address {self.control_address} can be reached from other machines:"
                 " give --tls-cert, --tls-key and --tls-client-ca, or a loopback or unix address"
             )
+
+    def _check_addresses(self) -> None:
+        # Left to gRPC, port 99999 would become 34463, without a word.
+        for option, address in (
+            ("--grpc-address", self.grpc_address),
+            ("--http-address", self.http_address),
+            ("--control-address", self.control_address or "127.0.0.1:0"),
+        ):
+            try:
+                SocketAddress.parse(address)
+            except ValueError as error:
+                raise ValueError(f"{option}: {error}") from None
 
 
 def is_local(address: str) -> bool:

@@ -251,6 +251,13 @@ async def test_envoy_prints_its_configuration(commands):
     assert config["admin"]["address"]["socket_address"]["port_value"] == 9901
 
 
+@pytest.mark.parametrize("option", ["--listen", "--admin"])
+async def test_envoy_refuses_to_listen_where_it_cannot(commands, option):
+    done = await commands.run("envoy", option, "unix:///run/x.sock", "--print-config")
+    assert (done.status, done.stdout) == (1, "")
+    assert done.stderr == f"{option} /run/x.sock: write ip:port; Envoy listens on nothing else\n"
+
+
 async def test_envoy_serves_until_sigterm(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     listen, admin = (f"127.0.0.1:{free_port()}" for _ in range(2))
