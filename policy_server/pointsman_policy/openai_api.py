@@ -17,6 +17,9 @@ _T = TypeVar("_T")
 _MODEL_MEMBER = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
 """A member ``model`` with a string value. Never inside a string: its quotes are escaped there."""
 
+_ESCAPED_LETTER = rb"\u006"
+"""Part of an ASCII letter from a to o written as an escape: so a name ``model`` may be hidden."""
+
 MAX_MESSAGES = 10_000
 """Messages of one request: beyond any conversation, and quick to read."""
 
@@ -85,10 +88,10 @@ class CompletionRequest:
         """The same request for another model; all else stays as it was, byte for byte.
 
         Only where the bytes alone do not tell which ``model`` is the request's own (nested
-        ones, repeats) the document is written anew, with every value kept.
+        ones, repeats, escaped letters) the document is written anew, with every value kept.
         """
         found = list(_MODEL_MEMBER.finditer(self.body))
-        if len(found) == 1:
+        if len(found) == 1 and _ESCAPED_LETTER not in self.body:
             start, end = found[0].span(1)
             return self.body[:start] + orjson.dumps(served_name) + self.body[end:]
         # Not by orjson: it turns integers beyond 64 bits into floats.

@@ -220,6 +220,11 @@ class TestWithModel:
         assert got.model == "last"
         assert got.with_model("m") == b'{"model":"m","prompt":"x"}'
 
+    def test_a_name_with_escaped_letters_is_told_from_a_nested_one(self):
+        got = parse_completion(b'{"\\u006dodel": "auto", "prompt": "x", "o": {"model": "y"}}')
+        want = {"model": "m", "prompt": "x", "o": {"model": "y"}}
+        assert orjson.loads(got.with_model("m")) == want
+
     def test_the_request_itself_does_not_change(self):
         request = parse_completion(body())
         request.with_model("other")
