@@ -1,5 +1,7 @@
 """Prometheus metrics of the policy server. Names follow the project's vocabulary."""
 
+from collections.abc import Container
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _DECISION_BUCKETS = (
@@ -130,6 +132,13 @@ class Metrics:
         self.eds_nacks = Counter(
             "pointsman_eds_nacks", "Endpoint lists that Envoy refused.", registry=r
         )
+
+    def forget_endpoints(self, *, keep: Container[str]) -> None:
+        """Drop what is counted by endpoint of all others: pods come and go for years."""
+        for metric in self.scrape_errors.collect():
+            for labels in [s.labels for s in metric.samples if s.name.endswith("_total")]:
+                if labels["endpoint"] not in keep:
+                    self.scrape_errors.remove(labels["endpoint"], labels["kind"])
 
     def expect(self, policy: str) -> None:
         """Show the counters of a policy before its first request, as rates need them."""

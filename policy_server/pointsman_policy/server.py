@@ -173,6 +173,7 @@ class PolicyServer:
         self._scraper.update(
             {address: _target(found[0]) for address, found in self.service.candidates().items()}
         )
+        self._metrics.forget_endpoints(keep=self.service.candidates())
         self._publish_endpoints()
         self._installed.set()
         for snapshot in snapshots:
@@ -231,11 +232,17 @@ class PolicyServer:
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(EXPIRY_INTERVAL_S)
-            now, tracker = self.service.clock(), self.service.tracker
-            dropped = tracker.reconcile(now_s=now)
-            dropped += tracker.expire(before_s=now - self._settings.request_ttl_s)
-            if dropped:
-                log.warning("in-flight entries expired", count=dropped)
+            try:
+                self._drop_missed_ends()
+            except Exception:  # the next round may do better; without any, entries would pile up
+                log.exception("in-flight entries not looked at")
+
+    def _drop_missed_ends(self) -> None:
+        now, tracker = self.service.clock(), self.service.tracker
+        dropped = tracker.reconcile(now_s=now)
+        dropped += tracker.expire(before_s=now - self._settings.request_ttl_s)
+        if dropped:
+            log.warning("in-flight entries expired", count=dropped)
 
     async def _set_serving(self, *, ready: bool) -> None:
         self._health.ready = ready
