@@ -21,7 +21,7 @@ _ESCAPED_LETTER = rb"\u006"
 """Part of an ASCII letter from a to o written as an escape: so a name ``model`` may be hidden."""
 
 MAX_MESSAGES = 10_000
-"""Messages of one request: beyond any conversation, and quick to read."""
+"""Messages of one request, parts of them, or prompts: beyond any use, and quick to read."""
 
 CHARS_PER_TOKEN = 4.0
 """Rule of thumb for English text; the router has no tokenizer of its own."""
@@ -201,11 +201,8 @@ def _prompt(document: dict[str, Any]) -> tuple[str, int]:
     """Text of the prompt, and its estimated length in tokens (at least 1)."""
     if "messages" in document:
         messages = _typed(document["messages"], list, "messages", "an array of objects")
-        if len(messages) > MAX_MESSAGES:
-            message = (
-                f"`messages` has {len(messages)} entries; at most {MAX_MESSAGES} are accepted."
-            )
-            raise ApiError(400, "invalid_value", message, param="messages")
+        _check_count(len(messages), "messages", "entries")
+        _check_count(sum(map(_part_count, messages)), "messages", "parts")
         text = "\n".join(_message_text(message, i) for i, message in enumerate(messages))
         return text, _estimate(text)
     if "prompt" in document:
@@ -213,6 +210,17 @@ def _prompt(document: dict[str, Any]) -> tuple[str, int]:
     raise ApiError(
         400, "missing_prompt", "You must provide `messages` or a `prompt`.", param="messages"
     )
+
+
+def _check_count(count: int, field: str, what: str) -> None:
+    if count > MAX_MESSAGES:
+        message = f"`{field}` has {count} {what}; at most {MAX_MESSAGES} are accepted."
+        raise ApiError(400, "invalid_value", message, param=field)
+
+
+def _part_count(message: object) -> int:
+    content = message.get("content") if isinstance(message, dict) else None
+    return len(content) if isinstance(content, list) else 0
 
 
 def _message_text(message: object, index: int) -> str:
@@ -235,8 +243,9 @@ def _completion_prompt(prompt: object) -> tuple[str, int]:
     if isinstance(prompt, str):
         return prompt, _estimate(prompt)
     items = _typed(prompt, list, "prompt", "a string or an array")
-    if items and all(isinstance(item, int) for item in items):
+    if items and set(map(type, items)) <= {int, bool}:
         return "", len(items)
+    _check_count(len(items), "prompt", "entries")
     text = "\n".join(item for item in items if isinstance(item, str))
     ids = sum(len(item) for item in items if isinstance(item, list))
     return text, ids or _estimate(text)
