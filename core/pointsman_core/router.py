@@ -68,13 +68,15 @@ class Router:
         state: StateView,
         *,
         predictor: Predictor | None = None,
+        decider: Decider | None = None,
         seed: int | None = None,
     ) -> None:
+        """``decider`` stands in for the one that the policy's algorithm has by itself."""
         self.snapshot = snapshot
         self.table = RoutingTable(snapshot, state, predictor)
         self._state = state
         self._rng = np.random.default_rng(seed)
-        self._decider = make_decider(snapshot.algorithm, self._rng)
+        self._decider = decider or make_decider(snapshot.algorithm, self._rng)
         self._fallback = make_decider(snapshot.fallback, self._rng)
 
     def observe(self, request: Request, *, now_s: float) -> Observation:

@@ -144,6 +144,7 @@ class LiveState:
         self._free_rows: list[int] = []
         self._left: set[str] = set()
         self._ready = np.zeros(0, np.bool_)
+        self._paused = np.zeros(0, np.bool_)
         self._foreign = np.zeros((2, 0))  # by the last scrape but one, and by the last
         self._kv_usage = np.zeros(0)
         self._gauges_at = np.zeros(0)
@@ -176,7 +177,7 @@ class LiveState:
         for address, row in list(self._row_of.items()):
             if address in wanted:
                 continue
-            self._ready[row] = False
+            self._ready[row] = self._paused[row] = False
             self._left.add(address)
             if row not in occupied:
                 del self._row_of[address]
@@ -195,12 +196,14 @@ class LiveState:
         if not self._free_rows:
             self._free_rows.append(self.rows)
             self._ready = np.append(self._ready, False)
+            self._paused = np.append(self._paused, False)
             self._foreign = np.hstack([self._foreign, np.zeros((2, 1))])
             self._kv_usage = np.append(self._kv_usage, np.nan)
             self._gauges_at = np.append(self._gauges_at, -np.inf)
         row = self._free_rows.pop()
         self._row_of[address] = row
         self._ready[row] = True
+        self._paused[row] = False
         self._foreign[:, row] = 0.0
         self._kv_usage[row] = np.nan
         self._gauges_at[row] = -np.inf
@@ -226,6 +229,17 @@ class LiveState:
         """Whether the endpoint is known and ready."""
         row = self._row_of.get(address)
         return row is not None and bool(self._ready[row])
+
+    def set_paused(self, address: str, *, paused: bool) -> None:
+        """Keep an endpoint out of decisions, ready or not. Unknown ones are ignored."""
+        row = self._row_of.get(address)
+        if row is not None:
+            self._paused[row] = paused
+
+    def is_paused(self, address: str) -> bool:
+        """Whether the endpoint is known and kept out of decisions."""
+        row = self._row_of.get(address)
+        return row is not None and bool(self._paused[row])
 
     def set_load(self, address: str, load: EngineLoad, *, now_s: float) -> None:
         """Take in freshly scraped gauges."""
@@ -264,7 +278,7 @@ class LiveState:
 
     def ready(self) -> BoolArray:
         """(rows,) endpoints that may be chosen."""
-        return self._ready
+        return self._ready & ~self._paused
 
     def foreign(self, *, now_s: float) -> FloatArray:
         """(rows,) requests that an engine has beyond ours.

@@ -30,7 +30,9 @@ def engine_sim(
     ] = None,
     alias: Annotated[list[str] | None, typer.Option(help="Further served name.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0: a free one.", min=0, max=65535)
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Start of all that is drawn.")] = 0,
     peak_tflops: Annotated[float | None, _profile("Dense compute, in TFLOP/s.")] = None,
     memory_bandwidth_gbps: Annotated[float | None, _profile("In GB/s.")] = None,

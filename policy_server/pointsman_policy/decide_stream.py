@@ -6,6 +6,7 @@ whole body with the rewritten model and the pick as dynamic metadata. Errors are
 responses in the API's own form.
 """
 
+import gc
 from collections.abc import Mapping
 from urllib.parse import unquote
 
@@ -43,6 +44,10 @@ PICK_KEY = "x-gateway-destination-endpoint"
 DECISION_NAMESPACE = "pointsman"
 
 REQUEST_ID = "x-request-id"
+
+LONG_BODY_BYTES = 256 * 1024
+"""From here on Python's cycle collector waits until the body is done with: it would look time and
+again at what a document of a million empty lists holds, where there can be no cycles."""
 
 
 class DecideStream:
@@ -117,6 +122,15 @@ class DecideStream:
 
     def _on_body(self, body: bytes) -> ProcessingResponse:
         self._check_length(len(body))
+        if len(body) < LONG_BODY_BYTES:
+            return self._decide(body)
+        gc.disable()
+        try:
+            return self._decide(body)
+        finally:
+            gc.enable()
+
+    def _decide(self, body: bytes) -> ProcessingResponse:
         completion = parse_completion(body)
         now = self._service.clock()
         arrival = self._service.tracker.arrival_s(self._request_id, now_s=min(self._arrived_s, now))

@@ -56,7 +56,8 @@ def show_state(service: RoutingService) -> None:
     for address, found in service.candidates().items():
         expert = ",".join(candidate.expert for candidate in found)
         metrics.in_flight.labels(address, expert).set(service.state.in_flight(address))
-        metrics.endpoint_ready.labels(address, expert).set(service.state.is_ready(address))
+        may_be_chosen = service.state.is_ready(address) and not service.state.is_paused(address)
+        metrics.endpoint_ready.labels(address, expert).set(may_be_chosen)
 
 
 def live_state(service: RoutingService) -> dict[str, object]:
@@ -71,6 +72,7 @@ def live_state(service: RoutingService) -> dict[str, object]:
         return {
             "expert": expert,
             "ready": state.is_ready(address),
+            "paused": state.is_paused(address),
             "in_flight": state.in_flight(address),
             "foreign": int(foreign[row]),
             "running": None if load is None else load.running,

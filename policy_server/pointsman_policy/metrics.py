@@ -1,5 +1,7 @@
 """Prometheus metrics of the policy server. Names follow the project's vocabulary."""
 
+from collections.abc import Container
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _DECISION_BUCKETS = (
@@ -100,6 +102,10 @@ class Metrics:
             "pointsman_endpoint_ready", "1 where decisions may choose the endpoint.",
             ["endpoint", "expert"], registry=r,
         )  # fmt: skip
+        self.pauses = Counter(
+            "pointsman_pauses", "Times that an endpoint got no decisions since it only failed.",
+            ["expert"], registry=r,
+        )  # fmt: skip
         self.scrape_errors = Counter(
             "pointsman_scrape_errors", "Failed scrapes of engines.",
             ["endpoint", "kind"], registry=r,
@@ -126,6 +132,13 @@ class Metrics:
         self.eds_nacks = Counter(
             "pointsman_eds_nacks", "Endpoint lists that Envoy refused.", registry=r
         )
+
+    def forget_endpoints(self, *, keep: Container[str]) -> None:
+        """Drop what is counted by endpoint of all others: pods come and go for years."""
+        for metric in self.scrape_errors.collect():
+            for labels in [s.labels for s in metric.samples if s.name.endswith("_total")]:
+                if labels["endpoint"] not in keep:
+                    self.scrape_errors.remove(labels["endpoint"], labels["kind"])
 
     def expect(self, policy: str) -> None:
         """Show the counters of a policy before its first request, as rates need them."""

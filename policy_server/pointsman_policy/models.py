@@ -24,7 +24,7 @@ from pointsman_core.resources import Algorithm, ModelReference
 from pointsman_core.snapshot import Snapshot
 
 MAX_LOADED: Final = 16
-"""Models that are kept; each takes a few MiB."""
+"""Models that are kept, besides those in use; each takes a few MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +42,44 @@ class PolicyModel:
 
 
 class ModelStore:
-    """Models by checksum. Thread-safe: they are loaded beside the event loop."""
+    """Models by checksum. Thread-safe: they are loaded beside the event loop.
+
+    What was prepared is never read again on it, whether that worked or not.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._loaded: OrderedDict[str, HanModel] = OrderedDict()
+        self._failed: dict[ModelReference | None, str] = {}
+        self._needed: frozenset[str] = frozenset()
         self._lock = threading.Lock()
 
     def prepare(self, snapshots: Iterable[Snapshot]) -> None:
-        """Load what snapshots need, so that `of` finds it at once. What fails, fails there."""
-        for snapshot in snapshots:
-            if snapshot.algorithm is Algorithm.HAN_DRL:
-                try:
-                    self._load(snapshot.model)
-                except ModelError:
-                    continue
+        """Load what snapshots need, so that `of` finds it at once, or why it cannot be had.
+
+        What failed before is tried again.
+        """
+        wanted = {s.model for s in snapshots if s.algorithm is Algorithm.HAN_DRL}
+        self._needed = frozenset(reference.sha256 for reference in wanted if reference)
+        for reference in wanted:
+            try:
+                self._load(reference)
+            except ModelError as error:
+                self._failed[reference] = str(error)
+            else:
+                self._failed.pop(reference, None)
 
     def of(self, snapshot: Snapshot, before: PolicyModel | None) -> PolicyModel | None:
         """The model of a snapshot whose policy had ``before``; None where it needs none."""
         if snapshot.algorithm is not Algorithm.HAN_DRL:
             return None
+        kept = before.model if before else None
+        if failure := self._failed.get(snapshot.model):
+            return PolicyModel(kept, failure)
         try:
             return PolicyModel(self._load(snapshot.model))
         except ModelError as error:
-            return PolicyModel(before.model if before else None, str(error))
+            return PolicyModel(kept, str(error))
 
     def _load(self, reference: ModelReference | None) -> HanModel:
         if reference is None:
@@ -77,8 +91,9 @@ class ModelStore:
                 model = HanModel(content, sha256=reference.sha256, source=reference.file)
                 self._loaded[reference.sha256] = model
             self._loaded.move_to_end(reference.sha256)
-            while len(self._loaded) > MAX_LOADED:
-                self._loaded.popitem(last=False)
+            spare = [sha256 for sha256 in self._loaded if sha256 not in self._needed]
+            for sha256 in spare[: max(0, len(self._loaded) - MAX_LOADED)]:
+                del self._loaded[sha256]
             return model
 
     def _read(self, name: str) -> bytes:

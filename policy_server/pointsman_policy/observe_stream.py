@@ -43,14 +43,17 @@ class ObserveStream:
 
     def _on_response_headers(self, message: ProcessingRequest, request_id: str) -> None:
         headers = header_dict(message.response_headers.headers)
-        status = headers.get(":status", "0")
+        told = headers.get(":status", "0")
+        status = int(told) if told.isdecimal() else 0
+        served_by = headers.get("x-pointsman-endpoint")
         self._service.tracker.responded(
             request_id,
-            status=int(status) if status.isdecimal() else 0,
+            status=status,
             content_type=headers.get("content-type", ""),
-            served_by=headers.get("x-pointsman-endpoint"),
+            served_by=served_by,
             expert=headers.get("x-pointsman-expert"),
         )
+        self._service.answered(served_by, status=status)
         if message.response_headers.end_of_stream:
             self._end(complete=True)
 

@@ -21,7 +21,7 @@ _ESCAPED_LETTER = rb"\u006"
 """How each letter of a key ``model`` must begin that is written with escapes."""
 
 MAX_MESSAGES = 10_000
-"""Messages of one request: beyond any conversation, and quick to read."""
+"""Messages of one request, parts of them, or prompts: beyond any use, and quick to read."""
 
 CHARS_PER_TOKEN = 4.0
 """Rule of thumb for English text; the router has no tokenizer of its own."""
@@ -88,8 +88,7 @@ class CompletionRequest:
         """The same request for another model; all else stays as it was, byte for byte.
 
         Only where the bytes alone do not tell which ``model`` is the request's own (nested
-        ones, repeats, letters of its key escaped) the document is written anew, with every
-        value kept.
+        ones, repeats, escaped letters) the document is written anew, with every value kept.
         """
         found = list(_MODEL_MEMBER.finditer(self.body))
         if len(found) == 1 and _ESCAPED_LETTER not in self.body:
@@ -202,11 +201,8 @@ def _prompt(document: dict[str, Any]) -> tuple[str, int]:
     """Text of the prompt, and its estimated length in tokens (at least 1)."""
     if "messages" in document:
         messages = _typed(document["messages"], list, "messages", "an array of objects")
-        if len(messages) > MAX_MESSAGES:
-            message = (
-                f"`messages` has {len(messages)} entries; at most {MAX_MESSAGES} are accepted."
-            )
-            raise ApiError(400, "invalid_value", message, param="messages")
+        _check_count(len(messages), "messages", "entries")
+        _check_count(sum(map(_part_count, messages)), "messages", "parts")
         text = "\n".join(_message_text(message, i) for i, message in enumerate(messages))
         return text, _estimate(text)
     if "prompt" in document:
@@ -214,6 +210,17 @@ def _prompt(document: dict[str, Any]) -> tuple[str, int]:
     raise ApiError(
         400, "missing_prompt", "You must provide `messages` or a `prompt`.", param="messages"
     )
+
+
+def _check_count(count: int, field: str, what: str) -> None:
+    if count > MAX_MESSAGES:
+        message = f"`{field}` has {count} {what}; at most {MAX_MESSAGES} are accepted."
+        raise ApiError(400, "invalid_value", message, param=field)
+
+
+def _part_count(message: object) -> int:
+    content = message.get("content") if isinstance(message, dict) else None
+    return len(content) if isinstance(content, list) else 0
 
 
 def _message_text(message: object, index: int) -> str:
@@ -236,8 +243,9 @@ def _completion_prompt(prompt: object) -> tuple[str, int]:
     if isinstance(prompt, str):
         return prompt, _estimate(prompt)
     items = _typed(prompt, list, "prompt", "a string or an array")
-    if items and all(isinstance(item, int) for item in items):
+    if items and set(map(type, items)) <= {int, bool}:
         return "", len(items)
+    _check_count(len(items), "prompt", "entries")
     text = "\n".join(item for item in items if isinstance(item, str))
     ids = sum(len(item) for item in items if isinstance(item, list))
     return text, ids or _estimate(text)

@@ -85,7 +85,8 @@ class PolicyServicer(PolicyServiceServicer):
         present = seen.per_candidate(np.ones_like(seen.resident_limit_s))
         candidates = _candidates(decision)
         for i, candidate in enumerate(candidates):
-            candidate.in_time = bool(in_time[i])
+            if decision.in_time is None:  # what the decider itself goes by has its margins
+                candidate.in_time = bool(in_time[i])
             candidate.predicted_latency_per_token_ms = 1e3 * float(predicted.per_token_s[i])
             candidate.predicted_time_to_first_token_ms = 1e3 * float(predicted.first_token_s[i])
             candidate.in_flight = int(present[i])

@@ -42,6 +42,9 @@ from pointsman_proto.v1.pointsman_pb2_grpc import add_PolicyServiceServicer_to_s
 
 EXPIRY_INTERVAL_S = 5.0
 
+MAX_ANSWER_PIECE_BYTES = 4 * 1024 * 1024
+"""Of an answer, `observe` gets what Envoy read at once: up to its buffer limit of 1 MiB."""
+
 HEALTH_SERVICES = (
     "",
     "readiness",
@@ -170,6 +173,7 @@ class PolicyServer:
         self._scraper.update(
             {address: _target(found[0]) for address, found in self.service.candidates().items()}
         )
+        self._metrics.forget_endpoints(keep=self.service.candidates())
         self._publish_endpoints()
         self._installed.set()
         for snapshot in snapshots:
@@ -230,11 +234,17 @@ class PolicyServer:
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(EXPIRY_INTERVAL_S)
-            now, tracker = self.service.clock(), self.service.tracker
-            dropped = tracker.reconcile(now_s=now)
-            dropped += tracker.expire(before_s=now - self._settings.request_ttl_s)
-            if dropped:
-                log.warning("in-flight entries expired", count=dropped)
+            try:
+                self._drop_missed_ends()
+            except Exception:  # the next round may do better; without any, entries would pile up
+                log.exception("in-flight entries not looked at")
+
+    def _drop_missed_ends(self) -> None:
+        now, tracker = self.service.clock(), self.service.tracker
+        dropped = tracker.reconcile(now_s=now)
+        dropped += tracker.expire(before_s=now - self._settings.request_ttl_s)
+        if dropped:
+            log.warning("in-flight entries expired", count=dropped)
 
     async def _set_serving(self, *, ready: bool) -> None:
         self._health.ready = ready
@@ -266,8 +276,9 @@ class PolicyServer:
 
     @contextlib.asynccontextmanager
     async def _grpc(self) -> AsyncIterator[None]:
-        # The body, and room for the rest of its message.
-        longest = ("grpc.max_receive_message_length", self._settings.body_limit_bytes + 65_536)
+        # The longest body of a request or piece of an answer, and room for the rest of its message.
+        body = max(self._settings.body_limit_bytes, MAX_ANSWER_PIECE_BYTES)
+        longest = ("grpc.max_receive_message_length", body + 65_536)
         server = grpc.aio.server(options=[*_GRPC_OPTIONS, longest])
         ext_proc = ExtProcServicer(self.service, body_limit_bytes=self._settings.body_limit_bytes)
         add_ExternalProcessorServicer_to_server(ext_proc, server)

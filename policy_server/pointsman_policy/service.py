@@ -8,8 +8,10 @@ import re
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import structlog
 
 from pointsman_core.observation import Request
 from pointsman_core.predictors import Artefact, make_predictor
@@ -19,6 +21,7 @@ from pointsman_core.state import LiveState
 from pointsman_policy.metrics import Metrics
 from pointsman_policy.models import ModelStore, PolicyModel
 from pointsman_policy.openai_api import ApiError, CompletionRequest, unknown_model
+from pointsman_policy.outliers import Outliers
 from pointsman_policy.stats import WINDOW_S, PolicyStatistics
 from pointsman_policy.tracker import RequestTracker
 
@@ -27,6 +30,14 @@ RECENT_DECISIONS = 1024
 
 MAX_LIMIT_MS = 600_000.0
 """The largest latency limit, the same bound as the CRD has."""
+
+LEAST_LIMIT_S = 1e-9
+"""A smaller limit counts as this one: nobody keeps it either, and ratios to it stay finite.
+
+Those of a request are seen by all that are decided while it is in flight.
+"""
+
+log = structlog.get_logger(__name__)
 
 
 _NUMBER = re.compile(r"\s*(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\s*")
@@ -59,6 +70,7 @@ class RoutingService:
         self.statistics = PolicyStatistics(window_s=stats_window_s)
         self.tracker = RequestTracker(self.state, metrics, self.statistics)
         self.clock = clock
+        self._outliers = Outliers()
         self._seed = seed
         self._artefact = artefact
         self.model_store = models or ModelStore()
@@ -99,40 +111,46 @@ class RoutingService:
     def install(self, snapshots: Sequence[Snapshot]) -> None:
         """Put these snapshots in force, all at once; a policy that did not change is kept."""
         self.state.set_endpoints(c.address for s in snapshots for c in s.candidates)
+        models = self._find_models(snapshots)
         routers = {}
         for snapshot in snapshots:
             key = snapshot.full_name
-            old = self._routers.get(key)
-            unchanged = old is not None and old.snapshot.version == snapshot.version
-            routers[key] = old if old and unchanged else self._make_router(snapshot)
-        self._put_in_models(routers)
+            old, model = self._routers.get(key), models.get(key)
+            if old is None or old.snapshot.version != snapshot.version:
+                routers[key] = self._make_router(snapshot, model)
+                continue
+            routers[key] = old
+            if model is not None:
+                old.replace_decider(model.decider())
+        self._policy_models = models
         self._routers = routers
         self._by_model = {m: r for r in routers.values() for m in r.snapshot.models}
         self._installed = True
         self.statistics.retain(routers)
+        self._outliers.retain(self.candidates())
         self._show_snapshots()
 
-    def _make_router(self, snapshot: Snapshot) -> Router:
+    def _make_router(self, snapshot: Snapshot, model: PolicyModel | None) -> Router:
         seed = None if self._seed is None else policy_seed(self._seed, snapshot)
         predictor = make_predictor(self._artefact, snapshot)
-        return Router(snapshot, self.state, predictor=predictor, seed=seed)
+        decider = None if model is None else model.decider()
+        return Router(snapshot, self.state, predictor=predictor, decider=decider, seed=seed)
 
-    def _put_in_models(self, routers: Mapping[str, Router]) -> None:
-        """Give policies their models; one that could not be loaded before is tried again."""
+    def _find_models(self, snapshots: Iterable[Snapshot]) -> dict[str, PolicyModel]:
+        """The policies' models; one that could not be loaded before is tried again."""
         found = {}
         self.metrics.model_info.clear()
-        for name, router in routers.items():
-            before = self._policy_models.get(name)
-            one = self.model_store.of(router.snapshot, before)
+        for snapshot in snapshots:
+            name = snapshot.full_name
+            one = self.model_store.of(snapshot, self._policy_models.get(name))
             if one is None:
                 continue
-            router.replace_decider(one.decider())
             found[name] = one
             if one.model is not None:
                 self.metrics.model_info.labels(name, one.model.sha256).set(1)
             if one.error:
                 self.metrics.model_failures.labels(name).inc()
-        self._policy_models = found
+        return found
 
     def model(self, policy: str) -> PolicyModel | None:
         """What a policy, by its full name, decides by; None where it needs no model."""
@@ -168,8 +186,13 @@ class RoutingService:
 
     def decide(self, router: Router, request: Request) -> Decision:
         """Decide and count, without touching the in-flight table."""
+        now = self.clock()
+        for address in self._outliers.due(now_s=now):
+            self.state.set_paused(address, paused=False)
         started = time.perf_counter()
-        decision = router.decide(request, now_s=self.clock())
+        decision = router.decide(request, now_s=now)
+        if decision.rejection is Rejection.NO_READY_ENDPOINT and self._resume_all(router):
+            decision = router.decide(request, now_s=now)
         elapsed = time.perf_counter() - started
         self._count(decision, elapsed)
         return decision
@@ -208,6 +231,46 @@ class RoutingService:
             raise rejection_error(decision)
         self.tracker.decided(request_id, decision)
         return decision
+
+    # --- endpoints that only fail ------------------------------------------------------
+
+    def answered(self, address: str | None, *, status: int) -> None:
+        """Note how an endpoint answered: one that only fails gets no decisions for a while.
+
+        Unless some policy would be left with none: then its errors are as good an answer as any.
+        """
+        if address is None or 400 <= status < 500:  # those are the client's
+            return
+        if status < 400:
+            self._outliers.succeeded(address)
+        elif self._outliers.failed(address) and self._can_be_spared(address):
+            seconds = self._outliers.pause(address, now_s=self.clock())
+            self.state.set_paused(address, paused=True)
+            experts = ",".join(c.expert for c in self.candidates().get(address, ()))
+            self.metrics.pauses.labels(experts).inc()
+            log.warning("endpoint only fails", address=address, status=status, pause_s=seconds)
+
+    def _can_be_spared(self, address: str) -> bool:
+        """Whether each policy of an endpoint in force can choose another one."""
+        pools = [{c.address for c in snapshot.candidates} for snapshot in self.snapshots]
+        pools = [pool for pool in pools if address in pool]
+        return bool(pools) and all(
+            any(self._may_be_chosen(other) for other in pool - {address}) for pool in pools
+        )
+
+    def _may_be_chosen(self, address: str) -> bool:
+        return self.state.is_ready(address) and not self.state.is_paused(address)
+
+    def _resume_all(self, router: Router) -> bool:
+        """Put a policy's endpoints in use again that were left alone; whether there were any."""
+        addresses = {c.address for c in router.snapshot.candidates}
+        paused = [address for address in addresses if self.state.is_paused(address)]
+        for address in paused:
+            self._outliers.resume(address)
+            self.state.set_paused(address, paused=False)
+        return bool(paused)
+
+    # --- past decisions ----------------------------------------------------------------
 
     def recent(self, request_id: str) -> Decision | None:
         """A past decision, while it is remembered."""
@@ -257,8 +320,8 @@ def make_request(
         prompt=prompt,
         prompt_tokens=prompt_tokens,
         arrival_s=arrival_s,
-        limit_s=per_token / 1e3,
-        first_token_limit_s=float("inf") if first is None else first / 1e3,
+        limit_s=max(per_token / 1e3, LEAST_LIMIT_S),
+        first_token_limit_s=float("inf") if first is None else max(first / 1e3, LEAST_LIMIT_S),
         max_output_tokens=max_output_tokens,
         streams=streams,
     )

@@ -150,7 +150,9 @@ async def _rounds(
                     change is Change.deleted and Path(name) in roots for change, name in changes
                 ):
                     return  # what is there again may have got the same inode
-    except OSError as error:  # a root vanished just now, or the system has no watch left
+    # A root vanished just now, or the system has no watch left: watchfiles' own error for the
+    # latter, when it meets that in a folder that is new, is a RuntimeError.
+    except (OSError, RuntimeError) as error:
         log.warning("no file events, polling", reason=str(error))
         await asyncio.sleep(poll_seconds)
 

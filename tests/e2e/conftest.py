@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -296,10 +296,12 @@ async def bare_site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 @contextlib.asynccontextmanager
-async def front(site: Site, *, answers: bool = True, **settings: Any) -> AsyncIterator[Site]:
+async def front(
+    site: Site, *, answers: bool = True, flags: Sequence[str] = (), **settings: Any
+) -> AsyncIterator[Site]:
     """Put policy server and Envoy in front of the site's engines, which may answer nothing."""
     site.write_manifests()
-    await site.start_server()
+    await site.start_server(*flags)
     ports = {"listen_port": 0, "admin_port": 0, "policy_server_address": site.grpc_address}
     log = site.folder / "envoy.log"
     async with running_envoy(EnvoySettings(**ports, **settings), log_path=log) as envoy:

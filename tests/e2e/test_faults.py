@@ -196,6 +196,21 @@ async def test_an_engines_error_passes_unchanged_and_is_counted(bare_site, in_fr
         assert await outcomes_of_ant(site) == {"error": 3}
 
 
+async def test_an_engine_that_answers_only_errors_does_not_draw_all_requests(bare_site, in_front):
+    """Its metrics page is fine, and the decider likes it best."""
+    await bare_site.start_engine("ant", "--error-rate", "1", quality={"default": 0.9})
+    await bare_site.start_engine("bee", quality={"default": 0.5})
+    bare_site.declare_policy(algorithm="QualityGreedy")
+    async with in_front(bare_site, answers=False) as site:
+        statuses = []
+        while len(statuses) < 30 and 200 not in statuses:
+            status, headers, _ = await site.ask(max_tokens=1)
+            statuses.append(status)
+        assert statuses[-1] == 200
+        assert headers["x-pointsman-expert"] == "bee"
+        assert await site.metric("pointsman_pauses_total") == {'expert="ant"': 1}
+
+
 async def test_a_connection_dropped_by_the_engine_mid_stream_leaves_no_entry(bare_site, in_front):
     await bare_site.start_engine("ant", "--fail-after-tokens", "5")
     bare_site.declare_policy()
@@ -204,6 +219,24 @@ async def test_a_connection_dropped_by_the_engine_mid_stream_leaves_no_entry(bar
         assert 200 not in results
         await site.until_empty()
         assert await outcomes_of_ant(site) == {"aborted": 5}
+
+
+async def test_long_answers_are_followed_to_their_end_where_requests_must_be_short(
+    bare_site, in_front
+):
+    # Half a megabyte at once; far faster than any real board.
+    profile = {"iterationOverheadMs": 0.001, "maxBatchedTokens": 2**20, "kvCacheGiB": 640}
+    speed = {"memoryBandwidthGBps": 1e6, "peakTflops": 1e5}
+    await bare_site.start_engine("ant", limits={"contextTokens": 300_000}, profile=profile | speed)
+    bare_site.declare_policy()
+    limits = {"flags": ("--body-limit", "1024"), "request_body_limit_bytes": 1024}
+    async with in_front(bare_site, **limits) as site:
+        status, _, answer = await site.ask(max_tokens=80_000, ignore_eos=True)
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 80_000)
+        await site.until_empty()
+        assert await outcomes_of_ant(site) == {}
+        (tokens,) = (await site.metric("pointsman_output_tokens_total")).values()
+        assert tokens >= 80_000
 
 
 async def test_a_client_that_goes_away_leaves_no_entry(bare_site, in_front):

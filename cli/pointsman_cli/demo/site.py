@@ -81,7 +81,7 @@ def with_limit(site: Site, limit_ms: float) -> Site:
 
 def clone_policy(policy: RoutingPolicy, decider: Algorithm) -> RoutingPolicy:
     """A copy that answers only `clone_model`, decides by ``decider`` and explains itself."""
-    name = f"{policy.metadata.name[:40].rstrip('-')}-{decider.lower()}"
+    name = f"{policy.metadata.name[:40].rstrip('-.')}-{decider.lower()}"
     spec = policy.spec.model_copy(
         update={
             "models": [clone_model(policy, decider)],

@@ -157,6 +157,7 @@ async def test_taken_port_is_reported(launch):
         (("--model", "tiny", "--kv-cache-gib", "0.01"), "KV cache cannot hold"),
         (("--model", "tiny", "--context-tokens", "1"), "at least 2 tokens"),
         (("--model", "tiny", "--error-rate", "2"), "--error-rate"),
+        (("--model", "tiny", "--port", "99999"), "--port"),
     ],
 )
 def test_wrong_flags_are_explained(arguments, message):

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from pointsman_policy.watch import file_contents, watch_files, watched_files
 
@@ -90,6 +91,21 @@ async def rewrite_until_seen(file: Path, changes: Changes) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(changes.get(), 0.2)
             return
+
+
+async def test_without_any_events_files_are_polled(folder: Path, monkeypatch):
+    """As when the system has no watch left for a folder that is new."""
+
+    async def broken(*_, **__):
+        raise WatchfilesRustInternalError(
+            "error in underlying watcher: OS file watch limit reached"
+        )
+        yield
+
+    monkeypatch.setattr("pointsman_policy.watch.awatch", broken)
+    async with watching(folder, poll_seconds=0.01) as changes:
+        (folder / "a.yaml").write_text("two")
+        await until(changes, {"a.yaml": "two"})
 
 
 async def test_a_change_between_reading_and_watching_is_not_lost(folder: Path):

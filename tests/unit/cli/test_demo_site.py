@@ -109,8 +109,9 @@ def test_only_a_clone_that_decides_by_a_model_names_the_policys_own():
     assert named == {"auto", "auto/HanDrl"}
 
 
-def test_name_of_a_clone_stays_a_label(site):
-    metadata = site.policy.metadata.model_copy(update={"name": "a" * 39 + "-" + "b" * 23})
+@pytest.mark.parametrize("separator", ["-", "."])
+def test_name_of_a_clone_stays_a_label(site, separator):
+    metadata = site.policy.metadata.model_copy(update={"name": "a" * 39 + separator + "b" * 23})
     policy = site.policy.model_copy(update={"metadata": metadata})
     name = clone_policy(policy, Algorithm.LATENCY_QUALITY_GREEDY).metadata.name
     assert name == "a" * 39 + "-latencyqualitygreedy"

@@ -67,12 +67,18 @@ class TestSettings:
                 " --tls-cert, --tls-key and --tls-client-ca, or a loopback or unix address$",
             ),
             ({"snapshots": FILES, "control_address": "localhost:1"}, "is no ip:port"),
-            ({"manifests": FILES, "grpc_address": "foo"}, "^--grpc-address: 'foo' is neither ip:p"),
-            ({"manifests": FILES, "grpc_address": "0.0.0.0:99999"}, "ports end at 65535"),
-            ({"manifests": FILES, "http_address": "x:1"}, "^--http-address: 'x:1' is no ip:port"),
             (
-                {"snapshots": FILES, "control_address": "0.0.0.0:99999", "tls": TLS},
-                "^--control-address: .* ports end at 65535",
+                {"snapshots": FILES, "control_address": "0.0.0.0:70000", "tls": TLS},
+                "^--control-address: '0.0.0.0:70000' is no ip:port: ports end at 65535$",
+            ),
+            (
+                {"manifests": FILES, "grpc_address": "127.0.0.1:99999"},
+                "^--grpc-address: '127.0.0.1:99999' is no ip:port: ports end at 65535$",
+            ),
+            ({"manifests": FILES, "grpc_address": "1.2.3.4:1,5.6.7.8:1"}, "exactly one address"),
+            (
+                {"manifests": FILES, "http_address": "9090"},
+                "^--http-address: '9090' is neither ip:port nor unix:///path$",
             ),
         ],
     )

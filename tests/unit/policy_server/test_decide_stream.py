@@ -1,11 +1,15 @@
 """What Envoy is answered, message by message."""
 
+import gc
+
 import orjson
 import pytest
 from envoy.config.core.v3.base_pb2 import HeaderMap, HeaderValue, HeaderValueOption
 from google.protobuf.json_format import MessageToDict
 
+from pointsman_policy import decide_stream
 from pointsman_policy.decide_stream import DecideStream, header_dict
+from pointsman_policy.openai_api import parse_completion
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
 LIMIT = 1000
@@ -37,6 +41,25 @@ def error_of(answer):
     assert set(document) == {"error"}
     assert set(document["error"]) == {"message", "type", "param", "code"}
     return status, document["error"]["code"], document["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [BODY, {"model": "auto"}])
+@pytest.mark.parametrize(("least", "collects"), [(1, False), (10_000, True)])
+def test_cycles_are_not_looked_for_while_a_long_body_is_read(
+    service, messages, monkeypatch, body, least, collects
+):
+    """Accepted or refused; else a document of many empty lists takes seconds."""
+    seen = []
+
+    def spy(document):
+        seen.append(gc.isenabled())
+        return parse_completion(document)
+
+    monkeypatch.setattr(decide_stream, "LONG_BODY_BYTES", least)
+    monkeypatch.setattr(decide_stream, "parse_completion", spy)
+    stream(service).handle(messages.request_body(body))
+    assert seen == [collects]
+    assert gc.isenabled()
 
 
 class TestRouted:

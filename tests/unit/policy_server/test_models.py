@@ -48,6 +48,10 @@ def reference(folder):
     return make
 
 
+def absent(name):
+    return {"file": name, "sha256": "0" * 64}
+
+
 @pytest.fixture
 def install(build, folder):
     """Service over ``folder``, and how to put a policy in force there."""
@@ -105,9 +109,45 @@ class TestInForce:
         good = build.expert("good", A)
         wanted = build.snapshot(good, algorithm="HanDrl", model=reference("one.onnx"))
         wrong = build.snapshot(good, algorithm="HanDrl", model=reference("corrupt.onnx"))
-        store.prepare([wanted, wrong, build.snapshot(good)])
-        monkeypatch.setattr(ModelStore, "_read", None)
+        missing = build.snapshot(good, algorithm="HanDrl", model=absent("gone.onnx"))
+        store.prepare([wanted, wrong, missing, build.snapshot(good)])
+        monkeypatch.setattr(
+            ModelStore, "_load", lambda _, reference: store._loaded[reference.sha256]
+        )
         assert store.of(wanted, None).error == ""
+        assert "corrupt.onnx is no ONNX model" in store.of(wrong, None).error
+        assert "gone.onnx cannot be read" in store.of(missing, None).error
+
+    def test_what_failed_is_tried_again_when_it_is_prepared_again(self, build, folder, tmp_path):
+        store = ModelStore(tmp_path)
+        content = (folder / "one.onnx").read_bytes()
+        model = {"file": "late.onnx", "sha256": hashlib.sha256(content).hexdigest()}
+        wanted = build.snapshot(build.expert("good", A), algorithm="HanDrl", model=model)
+        store.prepare([wanted])
+        assert "late.onnx cannot be read" in store.of(wanted, None).error
+        (tmp_path / "late.onnx").write_bytes(content)
+        store.prepare([wanted])
+        assert store.of(wanted, None).error == ""
+
+    def test_none_in_use_is_forgotten(self, build, folder, reference, monkeypatch):
+        monkeypatch.setattr("pointsman_policy.models.MAX_LOADED", 1)
+        store, good = ModelStore(folder), build.expert("good", A)
+        both = [
+            build.snapshot(good, algorithm="HanDrl", name=name, model=reference(f"{name}.onnx"))
+            for name in ("one", "two")
+        ]
+        store.prepare(both)
+        monkeypatch.setattr(ModelStore, "_read", None)
+        assert [store.of(each, None).error for each in both] == ["", ""]
+
+    def test_the_shipped_one_is_not_loaded_where_another_is_named(
+        self, install, reference, monkeypatch
+    ):
+        def loaded():
+            raise AssertionError("in the event loop")
+
+        monkeypatch.setattr(han_drl, "shipped_model", loaded)
+        assert install(reference("one.onnx")).model(POLICY).error == ""
 
 
 class TestSwap:

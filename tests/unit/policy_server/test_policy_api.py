@@ -128,6 +128,16 @@ class TestExplainNow:
             await explain(service, **fields)
         assert aborted.value.args[0] is grpc.StatusCode.NOT_FOUND
 
+    async def test_in_time_is_what_the_decider_says(self, make_service):
+        """It counts predicted latencies with a margin; by themselves they are within the limit."""
+        service = make_service(algorithm="LatencyQualityGreedy")
+        idle = (await explain(service, request=DecideRequest(model="auto", prompt="x"))).candidates
+        barely = 1.05 * idle[0].predicted_latency_per_token_ms
+        wanted = DecideRequest(model="auto", prompt="x", latency_per_token_ms=barely)
+        got = await explain(service, request=wanted)
+        assert got.decision.why.endswith("0 in time")
+        assert not any(candidate.in_time for candidate in got.candidates)
+
     async def test_a_policy_without_endpoints_has_none_to_explain(self, service, build):
         service.install([build.snapshot()])
         got = await explain(service, request=DecideRequest(model="auto"))

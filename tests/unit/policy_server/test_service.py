@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from pointsman_core.resources import Algorithm
 from pointsman_policy.http_api import live_state, show_state
 from pointsman_policy.openai_api import ApiError, parse_completion
 from pointsman_policy.service import (
@@ -136,6 +137,15 @@ class TestLimitHeaders:
 
 
 class TestLimits:
+    @pytest.mark.parametrize("algorithm", list(Algorithm))
+    @pytest.mark.parametrize("tiny", [5e-324, 1e-310])
+    def test_one_next_to_nothing_spoils_no_decision(self, make_service, algorithm, tiny):
+        """Neither its own, nor those made while it is in flight."""
+        service = make_service(algorithm=algorithm, fallback="RoundRobin")
+        own = parse_limits({"x-slo-tpot-ms": str(tiny), "x-slo-ttft-ms": str(tiny)})
+        assert route(service, "tiny", limits=own).fallback_reason is None
+        assert route(service, "other").fallback_reason is None
+
     @pytest.mark.parametrize(
         ("desc", "qos", "own", "want"),
         [
@@ -271,7 +281,7 @@ class TestShown:
         assert (shown["in_flight"], shown["tracked"]) == (1, 1)
         version = service.snapshots[0].version
         assert shown["snapshots"] == {AUTO: {"version": version, "generation": 1}}
-        empty = {"foreign": 0, "running": None, "waiting": None, "kv_usage": None}
+        empty = {"paused": False, "foreign": 0, "running": None, "waiting": None, "kv_usage": None}
         assert shown["endpoints"] == {
             A: {"expert": "good", "ready": True, "in_flight": 1} | empty,
             B: {"expert": "fast", "ready": False, "in_flight": 0} | empty,
