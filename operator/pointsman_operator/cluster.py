@@ -5,6 +5,7 @@ reads them leniently, where the client's own models would refuse.
 """
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -292,6 +293,10 @@ def connect(namespaces: Sequence[str]) -> KubernetesCluster:
             config.load_kube_config(client_configuration=configuration)
     except config.ConfigException as error:
         raise ClusterError(f"neither in a cluster, nor a usable kubeconfig: {error}") from None
+    except Exception as error:  # whatever the client trips over in a file that is none
+        where = os.environ.get("KUBECONFIG") or "~/.kube/config"
+        text = f"{where} is not a kubeconfig: {type(error).__name__}: {error}"
+        raise ClusterError(" ".join(text.split())) from None
     configuration.connection_pool_maxsize = THREADS
     configuration.retries = 0  # every caller tries again by itself, and counts failures
     return KubernetesCluster(client.ApiClient(configuration), namespaces)

@@ -6,6 +6,7 @@ written is kept, and Kubernetes need not count restarts.
 """
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -69,11 +70,21 @@ async def operate(
     registry = kopf.OperatorRegistry()
     main.register(registry, (kind for kind in main.WATCHED if kind not in unwatched))
     why: list[str] = []
+    signals: list[int] = []
     ending = asyncio.Event()
 
     def on_stale_watches(reason: str) -> None:
         why.append(reason)
         (stop_flag or ending).set()
+
+    def on_signal(number: int) -> None:
+        signals.append(number)
+        (stop_flag or ending).set()
+
+    def take_signals() -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
 
     memo = kopf.Memo(
         settings=settings,
@@ -81,6 +92,8 @@ async def operate(
         cluster=cluster,
         unwatched=unwatched,
         on_stale_watches=on_stale_watches,
+        # In place of kopf's own, which forgets a signal that comes while it fails.
+        take_signals=take_signals,
         # The cleanup sets it too: kopf waits for whoever waits for its flag, for 5 s.
         ending=ending,
     )
@@ -97,13 +110,15 @@ async def operate(
     except Exception as error:
         if (refusal := memo.get("refusal")) is not None:
             raise StartError(refusal) from error
-        raise
+        if not signals:
+            raise
+        log.warning("watches ended while stopping", error=str(error))
     finally:
         reaper.cancel()
         if stop_flag is not None:
             stop_flag.set()  # kopf waits for it in a thread, which would keep the loop from closing
         await cluster.close()
-    if why:
+    if why and not signals:
         raise StaleWatchesError(why[0])
 
 
