@@ -284,6 +284,7 @@ def _cause(answer: object) -> str:
 def connect(namespaces: Sequence[str]) -> KubernetesCluster:
     """By the pod's service account, else by the kubeconfig; raises `ClusterError` for neither."""
     from kubernetes import client, config
+    from yaml import YAMLError
 
     configuration = client.Configuration()
     try:
@@ -293,7 +294,7 @@ def connect(namespaces: Sequence[str]) -> KubernetesCluster:
             config.load_kube_config(client_configuration=configuration)
     except config.ConfigException as error:
         raise ClusterError(f"neither in a cluster, nor a usable kubeconfig: {error}") from None
-    except Exception as error:  # whatever the client trips over in a file that is none
+    except (YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         where = os.environ.get("KUBECONFIG") or "~/.kube/config"
         text = f"{where} is not a kubeconfig: {type(error).__name__}: {error}"
         raise ClusterError(" ".join(text.split())) from None

@@ -52,6 +52,24 @@ def run(settings: OperatorSettings) -> None:
     supervise(once)
 
 
+class Signals:
+    """SIGINT and SIGTERM, in place of kopf, which forgets one that comes while it fails."""
+
+    def __init__(self, flag: asyncio.Event | threading.Event) -> None:
+        self.came = False
+        self._flag = flag
+
+    def take(self) -> None:
+        """From now on; only the main thread has signals."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        self.came = True
+        self._flag.set()
+
+
 async def operate(
     settings: OperatorSettings, memory: Memory, *, stop_flag: threading.Event | None = None
 ) -> None:
@@ -70,21 +88,12 @@ async def operate(
     registry = kopf.OperatorRegistry()
     main.register(registry, (kind for kind in main.WATCHED if kind not in unwatched))
     why: list[str] = []
-    signals: list[int] = []
     ending = asyncio.Event()
+    signals = Signals(ending if stop_flag is None else stop_flag)
 
     def on_stale_watches(reason: str) -> None:
         why.append(reason)
         (stop_flag or ending).set()
-
-    def on_signal(number: int) -> None:
-        signals.append(number)
-        (stop_flag or ending).set()
-
-    def take_signals() -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
 
     memo = kopf.Memo(
         settings=settings,
@@ -92,8 +101,7 @@ async def operate(
         cluster=cluster,
         unwatched=unwatched,
         on_stale_watches=on_stale_watches,
-        # In place of kopf's own, which forgets a signal that comes while it fails.
-        take_signals=take_signals,
+        take_signals=signals.take,
         # The cleanup sets it too: kopf waits for whoever waits for its flag, for 5 s.
         ending=ending,
     )
@@ -110,7 +118,7 @@ async def operate(
     except Exception as error:
         if (refusal := memo.get("refusal")) is not None:
             raise StartError(refusal) from error
-        if not signals:
+        if not signals.came:
             raise
         log.warning("watches ended while stopping", error=str(error))
     finally:
@@ -118,7 +126,7 @@ async def operate(
         if stop_flag is not None:
             stop_flag.set()  # kopf waits for it in a thread, which would keep the loop from closing
         await cluster.close()
-    if why and not signals:
+    if why and not signals.came:
         raise StaleWatchesError(why[0])
 
 
