@@ -8,6 +8,7 @@ that a slow one delays nobody.
 import asyncio
 import contextlib
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -338,10 +339,26 @@ def describe(error: Exception) -> str:
         return str(error)
     code = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
-        return "cannot be reached"  # the details name attempts and times
+        return _unavailable(error.details() or "")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"no answer within {RPC_TIMEOUT_S:g} s"
     return error.details() or code.name
+
+
+_TLS_FAULTS: Final = (
+    ("Hostname Verification", "its certificate is for another name: see --tls-server-name"),
+    ("security handshaker", "--tls-cert, --tls-key and --tls-ca cannot be used together"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS"),
+    ("Socket closed", "it closes the connection: with TLS, it may not trust --tls-cert"),
+)
+_UNTRUSTED: Final = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([a-z -]+)")
+
+
+def _unavailable(details: str) -> str:
+    """What can be mended is named; the rest of the details are attempts and times."""
+    if found := _UNTRUSTED.search(details):
+        return f"its certificate is not trusted: {found[1].strip()} (--tls-ca)"
+    return next((text for sign, text in _TLS_FAULTS if sign in details), "cannot be reached")
 
 
 # --- gRPC ------------------------------------------------------------------------------

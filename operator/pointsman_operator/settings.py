@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
@@ -50,13 +51,23 @@ class TlsFiles:
     """Expected in the server's certificate; empty: its address."""
 
     def check(self) -> None:
-        """Raise ValueError for a file that cannot be read."""
+        """Raise ValueError for files that cannot be read, or not be used."""
         for what, path in (("certificate", self.cert), ("key", self.key), ("CA", self.ca)):
             try:
                 path.read_bytes()
             except OSError as error:
                 text = f"the {what} for policy servers cannot be read: {path}: {error.strerror}"
                 raise ValueError(text) from None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            context.load_cert_chain(self.cert, self.key, password="")
+        except ssl.SSLError:
+            text = f"{self.cert} and {self.key} are not a certificate and its private key in PEM"
+            raise ValueError(f"{text}, without password: see --tls-cert, --tls-key") from None
+        try:
+            context.load_verify_locations(self.ca)
+        except ssl.SSLError:
+            raise ValueError(f"--tls-ca: {self.ca} holds no certificate in PEM") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import datetime
 import ipaddress
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -330,6 +331,8 @@ def test_errors_read_the_same_at_every_try():
         return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
 
     assert describe(error(grpc.StatusCode.UNAVAILABLE, "at 12:00")) == "cannot be reached"
+    refused = "UNKNOWN: ipv4:10.0.0.1:1: Failed to connect to remote host: Connection refused"
+    assert describe(error(grpc.StatusCode.UNAVAILABLE, refused)) == "cannot be reached"
     assert describe(error(grpc.StatusCode.DEADLINE_EXCEEDED, "x")) == "no answer within 5 s"
     assert describe(error(grpc.StatusCode.INTERNAL, "")) == "INTERNAL"
     assert describe(ValueError("plain")) == "plain"
@@ -411,13 +414,39 @@ async def test_certificates_are_read_again_when_they_change(tmp_path, snapshots)
     async with serving(FakePolicyServer(), credentials=server_credentials(authority)) as server:
         rig.publisher.publish(snapshots())
         await rig.publisher.set_servers({server.address: True})
-        await rig.until(lambda states: states[server.address].error == "cannot be reached")
+        untrusted = "its certificate is not trusted: unable to get local issuer certificate"
+        await rig.until(lambda states: states[server.address].error == f"{untrusted} (--tls-ca)")
         assert server.received == []
         good = authority.write("operator")
         for one in ("cert", "key", "ca"):
             getattr(files, one).write_bytes(getattr(good, one).read_bytes())
         await rig.until(in_force(server.address, snapshots()))
         await rig.publisher.close()
+
+
+async def test_what_is_wrong_with_tls_is_told(tmp_path):
+    authority, stranger = Authority(tmp_path / "ca"), Authority(tmp_path / "other")
+    good, other = authority.write("operator"), stranger.write("operator", ca=authority)
+    wrong = {
+        "its certificate is for another name: see --tls-server-name": replace(
+            good, server_name="other.pointsman.svc"
+        ),
+        "it closes the connection: with TLS, it may not trust --tls-cert": other,
+        "--tls-cert, --tls-key and --tls-ca cannot be used together": replace(good, key=other.key),
+    }
+    async with serving(FakePolicyServer(), credentials=server_credentials(authority)) as server:
+        for text, files in wrong.items():
+            assert await told(server, files) == text
+    async with serving(FakePolicyServer()) as server:
+        assert await told(server, good) == "it does not speak TLS"
+
+
+async def told(server, files):
+    client = GrpcServerClient(server.address, files)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.status()
+    await client.close()
+    return describe(caught.value)
 
 
 async def test_a_missing_certificate_is_told(tmp_path, rig, snapshots):
