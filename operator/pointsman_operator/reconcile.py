@@ -383,7 +383,7 @@ def _expert_ready(expert: _Expert, *, in_force: bool) -> Finding:
             count += f"; ignored, as not known here: {listed(expert.found.ignored)}"
         return Finding(Type.READY, TRUE, Reason.ENDPOINTS_READY, count)
     text = {
-        Reason.NO_ENDPOINTS: "there are no endpoints",
+        Reason.NO_ENDPOINTS: resolution.message,
         Reason.NO_READY_ENDPOINTS: count,
         Reason.NONE_ANSWERS: expert.reachable.message,
         Reason.MODEL_NOT_LISTED: expert.served.message,
