@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 
-from pointsman_core.resources import Backend, LLMExpert, ServiceBackend
+from pointsman_core.resources import Backend, LLMExpert
 from pointsman_core.snapshot import canonical_address
 from pointsman_operator.conditions import Reason
 from pointsman_operator.observed import (
@@ -54,7 +54,7 @@ class Resolver:
             text = f"the operator is not permitted to list {kind}: see its role"
             return _fault(Reason.NOT_PERMITTED, text)
         if backend.service is not None:
-            return self._by_service(namespace, backend.service)
+            return self.by_service(Key(namespace, backend.service.name), str(backend.service.port))
         if backend.pod_selector is not None:
             selector = backend.pod_selector
             return self._by_pods(namespace, selector.match_labels, [selector.port])
@@ -90,18 +90,18 @@ class Resolver:
         may_read = self._observed.may_read
         return next((kind for kind in needed if not may_read(kind, namespace)), None)
 
-    def _by_service(self, namespace: str, backend: ServiceBackend) -> Resolution:
-        key = Key(namespace, backend.name)
+    def by_service(self, key: Key, wanted: str) -> Resolution:
+        """The endpoints of a Service's port, by number or name."""
         service = self._observed.services.get(key)
         if service is None or service.meta.deleting:
             return _fault(Reason.SERVICE_NOT_FOUND, f"there is no Service {key}")
         if service.external:
             text = f"Service {key} is an ExternalName, which has no endpoints: write addresses"
             return _fault(Reason.SERVICE_NOT_SUPPORTED, text)
-        port = find_port(service, str(backend.port))
+        port = find_port(service, wanted)
         if port is None:
             offered = ", ".join(str(one.number) for one in service.ports) or "none"
-            text = f"Service {key} has no TCP port {backend.port}; it has {offered}"
+            text = f"Service {key} has no TCP port {wanted}; it has {offered}"
             return _fault(Reason.PORT_NOT_FOUND, text)
         found = self.service_endpoints(key, port)
         return _resolution(found, "" if found else self._why_none(service, port))

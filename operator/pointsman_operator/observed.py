@@ -219,6 +219,8 @@ class Observed:
     unstored: _Table[Key, str] = field(default_factory=_empty)
     """Why the API server refuses a policy's ConfigMap."""
     servers: _Table[str, ServerState] = field(default_factory=_empty)
+    serverless: str = ""
+    """Why there is no policy server, if there is none."""
     probes: _Table[str, Probe] = field(default_factory=_empty)
     performance: _Table[Key, Performance] = field(default_factory=_empty)
 

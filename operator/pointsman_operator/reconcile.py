@@ -550,7 +550,7 @@ def _policy_status(
     policy: _Policy, observed: Observed, previous: Previous, now: datetime
 ) -> StatusWrite | None:
     refs, model = _resolved_refs(policy), _model_loaded(policy, observed.servers)
-    programmed = _programmed(policy, observed.servers)
+    programmed = _programmed(policy, observed)
     ready = _policy_ready(
         policy, refs, programmed, model, refusal=observed.unstored.get(policy.meta.key, "")
     )
@@ -608,29 +608,30 @@ def _model_loaded(policy: _Policy, servers: Mapping[str, ServerState]) -> Findin
     if algorithm != Algorithm.HAN_DRL:
         text = f"{algorithm} needs no model"
         return Finding(Type.MODEL_LOADED, TRUE, Reason.NO_MODEL_NEEDED, text)
-    counted = {address: server for address, server in sorted(servers.items()) if server.counted}
+    ready = {address: server for address, server in sorted(servers.items()) if server.counted}
     said = {
         address: server.models[policy.meta.key]
-        for address, server in counted.items()
+        for address, server in ready.items()
         if policy.meta.key in server.models
         and server.applied.get(policy.meta.key, (-1, ""))[0] == policy.meta.generation
     }
     for address, (_, error) in said.items():
         if error:
             return Finding(Type.MODEL_LOADED, FALSE, Reason.LOAD_FAILED, f"{address}: {error}")
-    count = f"{len(said)}/{len(counted)} policy servers have loaded it"
-    if not counted or len(said) < len(counted):
+    verb = "has" if 1 in (len(said), len(ready)) else "have"
+    count = f"{len(said)}/{counted(len(ready), 'policy server')} {verb} loaded it"
+    if not ready or len(said) < len(ready):
         return Finding(Type.MODEL_LOADED, UNKNOWN, Reason.PENDING, count)
     found = ", ".join(sorted({sha256[:12] for sha256, _ in said.values()}))
     return Finding(Type.MODEL_LOADED, TRUE, Reason.LOADED, f"{count}: {found}")
 
 
-def _programmed(policy: _Policy, servers: Mapping[str, ServerState]) -> Finding:
+def _programmed(policy: _Policy, observed: Observed) -> Finding:
     if (refusal := _not_accepted(Type.PROGRAMMED, policy)) is not None:
         return refusal
-    ready = {address: server for address, server in servers.items() if server.counted}
+    ready = {address: server for address, server in observed.servers.items() if server.counted}
     if not ready:
-        text = "no policy server is ready"
+        text = ": ".join(filter(None, ("no policy server is ready", observed.serverless)))
         return Finding(Type.PROGRAMMED, FALSE, Reason.NO_POLICY_SERVERS, text)
     generation = policy.meta.generation
     behind = {

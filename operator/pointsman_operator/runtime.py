@@ -397,7 +397,7 @@ class Operator:
 
     def _observe(self) -> Observed:
         objects = self.store.objects
-        return Observed(
+        seen = Observed(
             experts=objects(Kind.EXPERT),
             policies=objects(Kind.POLICY),
             services=objects(Kind.SERVICE),
@@ -411,6 +411,17 @@ class Operator:
             probes={} if self._prober is None else self._prober.results(),
             performance=self._performance,
         )
+        return seen if seen.servers else replace(seen, serverless=self._why_no_server(seen))
+
+    def _why_no_server(self, observed: Observed) -> str:
+        ref = self.settings.policy_servers
+        if ref is None:
+            return "give the operator --policy-servers or --policy-server-address"
+        for kind in (Kind.SERVICE, Kind.SLICE):
+            if not observed.may_read(kind, ref.service.namespace):
+                return f"the operator is not permitted to list {kind}: see its role"
+        found = Resolver(observed).by_service(ref.service, ref.port)
+        return f"{found.message} (--policy-servers)" if found.message else ""
 
     async def _reconcile(self, observed: Observed) -> Outcome:
         started = time.perf_counter()

@@ -601,6 +601,46 @@ async def test_the_last_policy_that_goes_leaves_an_empty_set(api, rig):
         assert rig.servers.sets[1][1].snapshots == ()
 
 
+WITHOUT_SERVERS = {
+    "nothing is said of them": (
+        None,
+        "give the operator --policy-servers or --policy-server-address",
+    ),
+    "no Service": (
+        ServiceRef(Key("default", "polcy"), "http"),
+        "there is no Service default/polcy (--policy-servers)",
+    ),
+    "no such port": (
+        ServiceRef(Key("default", "policy"), "9004"),
+        "Service default/policy has no TCP port 9004; it has 9003 (--policy-servers)",
+    ),
+    "no endpoints": (
+        ServiceRef(Key("default", "policy"), "9003"),
+        "Service default/policy has no endpoints: no pod with an address matches its selector "
+        "(--policy-servers)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("servers", "text"), WITHOUT_SERVERS.values(), ids=WITHOUT_SERVERS)
+async def test_why_there_is_no_policy_server_is_told(api, rig, servers, text):
+    rig.cluster.put(api.policy(), api.expert(), api.service("policy", port=9003))
+    async with rig.running(policy_server_addresses=(), policy_servers=servers):
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "NoPolicyServers")
+        (told,) = (c for c in rig.status("auto")["conditions"] if c["type"] == "Programmed")
+        assert told["message"] == f"no policy server is ready: {text}"
+
+
+async def test_a_role_that_hides_the_policy_servers_is_told(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    rig.cluster.forbidden = {Kind.SLICE}
+    servers = ServiceRef(Key("default", "policy"), "http")
+    async with rig.running(policy_server_addresses=(), policy_servers=servers):
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "NoPolicyServers")
+        (told,) = (c for c in rig.status("auto")["conditions"] if c["type"] == "Programmed")
+        assert "not permitted to list EndpointSlice" in told["message"]
+
+
 async def test_policy_servers_are_found_by_their_service(api, rig):
     rig.cluster.put(
         api.policy(),
