@@ -29,6 +29,7 @@ from aiohttp import web
 from prometheus_client import generate_latest
 
 from pointsman_core.resources import LLMExpert, RoutingPolicy
+from pointsman_operator.budget import EventBudget
 from pointsman_operator.cluster import Cluster, ClusterError
 from pointsman_operator.endpoints import Resolver, find_port
 from pointsman_operator.health import Health
@@ -138,6 +139,7 @@ class Operator:
         """Of writes, by object."""
         self._unstored: dict[Key, str] = {}
         """Why the API server refuses a policy's ConfigMap."""
+        self._events = EventBudget()
         self._publishing = False
         """A change is on its way to the publisher."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -256,6 +258,7 @@ class Operator:
                 self.store.abandon_list(kind, touched[kind])
             raise
         now = self._clock()
+        self._events.forget(now=now)
         missed = {kind: self.store.missed(kind, now=now) for kind in Kind}
         changed = [self._end_list(kind, touched[kind], listed[kind], now=now) for kind in Kind]
         watched = [kind for kind in Kind if kind not in {Kind.CONFIG_MAP, *self._unwatched}]
@@ -556,6 +559,9 @@ class Operator:
         if error is not None:
             return True  # its end, or its successor, will be told by the watch
         for event in write.events:
+            if not self._events.spend(write.ref, now=self._clock()):
+                self.metrics.writes.labels("event", "spared").inc()
+                continue
             # One that is lost is lost: the conditions say the same.
             await self._try("event", self._cluster.post_event(write.ref, event, datetime.now(UTC)))
         return True
@@ -625,7 +631,11 @@ class Operator:
         await runner.setup()
         try:
             site = web.TCPSite(runner, host.strip("[]") or None, int(port))
-            await site.start()
+            try:
+                await site.start()
+            except OSError as error:
+                why = error.strerror or str(error)
+                raise OSError(f"--http-address {self.settings.http_address}: {why}") from None
             self.http_port = runner.addresses[0][1]
             yield
         finally:

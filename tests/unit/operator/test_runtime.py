@@ -13,8 +13,10 @@ from structlog.testing import capture_logs
 
 from pointsman_operator import runtime, store
 from pointsman_operator.cluster import ClusterError, config_map
+from pointsman_operator.conditions import Transition
 from pointsman_operator.observed import Key, Kind
 from pointsman_operator.publisher import PolicyCounts, ServerReport
+from pointsman_operator.reconcile import Ref, StatusWrite
 from pointsman_operator.runtime import Memory, Operator
 from pointsman_operator.settings import OperatorSettings, ServiceRef
 
@@ -599,6 +601,21 @@ async def test_the_last_policy_that_goes_leaves_an_empty_set(api, rig):
         operator.feed(Kind.POLICY, {"type": "DELETED", "object": api.policy()})
         await rig.until(lambda: len(rig.servers.sets) == 2)
         assert rig.servers.sets[1][1].snapshots == ()
+
+
+async def test_an_object_that_flaps_causes_few_events(api, rig):
+    rig.cluster.put(api.policy())
+    flaps = (Transition(True, "Flaps", "up"),) * 40
+    async with rig.running(resync_interval_s=3600.0) as operator:
+        await rig.until(lambda: rig.reason("auto", "Ready"))
+        for name in ("auto", "other"):
+            ref = Ref(Kind.POLICY, Key("default", name), name)
+            rig.cluster.put(api.policy(name))
+            await operator._write_status(StatusWrite(ref, {}, flaps))
+        written = [content for what, content in rig.cluster.log if what == "event"]
+        assert written.count(("auto", "Flaps")) == written.count(("other", "Flaps")) == 25
+        _, metrics = await rig.get("/metrics")
+    assert 'pointsman_operator_writes_total{result="spared",what="event"} 30.0' in metrics
 
 
 WITHOUT_SERVERS = {
