@@ -554,7 +554,9 @@ def _policy_status(
     ready = _policy_ready(
         policy, refs, programmed, model, refusal=observed.unstored.get(policy.meta.key, "")
     )
-    performance = observed.performance.get(policy.meta.key, Performance())
+    # Without a snapshot they are those of a predecessor of the same name.
+    known = {} if policy.snapshot is None else observed.performance
+    performance = known.get(policy.meta.key, Performance())
     fields: dict[str, Any] = {
         "experts": _selected_experts(policy, previous),
         "snapshotVersion": None if policy.snapshot is None else policy.snapshot.version,

@@ -31,7 +31,7 @@ class ServiceRef:
         path, _, port = text.rpartition(":")
         namespace, _, name = path.partition("/")
         if not (namespace and name and port) or "/" in name:
-            raise ValueError(f"{text!r} is not namespace/name:port")
+            raise ValueError(f"--policy-servers: {text!r} is not namespace/name:port")
         return cls(Key(namespace, name), port)
 
     @property
@@ -106,7 +106,7 @@ class OperatorSettings:
     def __post_init__(self) -> None:
         for namespace in self.namespaces:
             if not re.fullmatch(DNS_LABEL_PATTERN, namespace):
-                raise ValueError(f"{namespace!r} is not the name of a namespace")
+                raise ValueError(f"--namespace: {namespace!r} is not the name of a namespace")
         servers = self.policy_servers
         if servers and self.namespaces and servers.service.namespace not in self.namespaces:
             raise ValueError(
@@ -115,7 +115,9 @@ class OperatorSettings:
             )
         self._check_addresses()
         if self.prometheus_url and not self.prometheus_url.startswith(("http://", "https://")):
-            raise ValueError(f"{self.prometheus_url!r} is not an http:// or https:// URL")
+            raise ValueError(
+                f"--prometheus-url: {self.prometheus_url!r} is not an http:// or https:// URL"
+            )
         for one in fields(self):
             if one.name.endswith("_interval_s") and not 0 < getattr(self, one.name) < math.inf:
                 raise ValueError(f"{one.name} must be positive and finite")

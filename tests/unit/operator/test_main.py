@@ -265,7 +265,7 @@ async def test_a_refused_start_ends_at_once(api_server, monkeypatch):
 
     monkeypatch.setattr(kopf, "operator", watched)
     settings = replace(SETTINGS, http_address=api_server.url.removeprefix("http://"))
-    with pytest.raises(StartError, match="address already in use"):
+    with pytest.raises(StartError, match=r"--http-address 127.0.0.1:\d+: .*already in use"):
         await asyncio.to_thread(asyncio.run, operate(settings, Memory()))
     assert ended == [True]
 

@@ -20,7 +20,7 @@ from pointsman_operator.settings import (
 TLS = {"tls_cert": "c", "tls_key": "k", "tls_ca": "a"}
 
 WRONG = {
-    "service": ({"policy_servers": "policy:9003"}, "is not namespace/name:port"),
+    "service": ({"policy_servers": "policy:9003"}, "--policy-servers: 'policy:9003' is not"),
     "service path": ({"policy_servers": "a/b/c:9003"}, "is not namespace/name:port"),
     "half of TLS": ({"tls_cert": "c"}, "go together"),
     "plaintext": (
