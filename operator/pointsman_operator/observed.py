@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
 from pydantic import ValidationError
 
-from pointsman_core.manifests import format_path
+from pointsman_core.manifests import explain, format_path
 from pointsman_core.resources import LLMExpert, RoutingPolicy
 from pointsman_core.snapshot import Snapshot, read_snapshot
 
@@ -300,7 +300,7 @@ def _validate(
     try:
         return model.model_validate(content), [], ignored
     except ValidationError as invalid:
-        errors = _errors(invalid)
+        errors = _errors(invalid, model)
     ignored = [loc for loc, kind, _ in errors if kind == "extra_forbidden"]
     if not ignored:
         return None, errors, ignored
@@ -310,13 +310,13 @@ def _validate(
     try:
         return model.model_validate(content), [], ignored
     except ValidationError as invalid:
-        return None, _errors(invalid), ignored
+        return None, _errors(invalid, model), ignored
 
 
-def _errors(invalid: ValidationError) -> _Errors:
+def _errors(invalid: ValidationError, model: type[_R]) -> _Errors:
     return [
-        (error["loc"], error["type"], error["msg"])
-        for error in invalid.errors(include_url=False, include_input=False)
+        (one["loc"], one["type"], "" if one["type"] == "extra_forbidden" else explain(one, model))
+        for one in invalid.errors(include_url=False)
     ]
 
 
