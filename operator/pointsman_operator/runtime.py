@@ -63,7 +63,7 @@ from pointsman_operator.store import Store
 HEARTBEAT_S: Final = 5.0
 RESYNC_TIMEOUT_S: Final = 90.0
 POOLS_INTERVAL_S: Final = 5.0
-"""Between two looks for the InferencePool CRD while an expert waits for it."""
+"""Between two looks for our own CRDs, and for InferencePool's while an expert waits for it."""
 SETTLE_S: Final = 1.0
 """Statuses wait so long for the answers of policy servers and engines."""
 FIRST_SETTLE_S: Final = 8.0
@@ -139,6 +139,8 @@ class Operator:
         """Of writes, by object."""
         self._unstored: dict[Key, str] = {}
         """Why the API server refuses a policy's ConfigMap."""
+        self._late: set[Kind] = set()
+        """Own kinds that were not installed once, and that no watch has told of since."""
         self._events = EventBudget()
         self._publishing = False
         """A change is on its way to the publisher."""
@@ -216,12 +218,24 @@ class Operator:
     async def _pools_loop(self) -> None:
         """A CRD that is installed is told of by no watch before it has objects, if at all."""
         while True:
-            if self.health.synced and self._pools_wanted:
+            for kind in self._awaited() if self.health.synced else ():
                 try:
-                    await self._relist(Kind.POOL)
+                    await self._relist(kind)
                 except ClusterError as error:  # full lists tell of it, too
-                    log.debug("list failed", kind=Kind.POOL, error=str(error))
+                    log.debug("list failed", kind=kind, error=str(error))
             await self._sleep("pools", POOLS_INTERVAL_S)
+
+    def _awaited(self) -> list[Kind]:
+        """Kinds whose CRD may come at any time."""
+        self._late |= {kind for kind in OWN_KINDS if not self.store.installed(kind)}
+        # Until a watch tells of one: kopf overlooks a CRD that is not established yet.
+        self._late -= {
+            kind
+            for kind in self._late
+            if self.store.installed(kind) and self.store.events(kind) > 0
+        }
+        late = sorted(self._late)
+        return [*late, Kind.POOL] if self._pools_wanted else late
 
     @property
     def _pools_wanted(self) -> bool:

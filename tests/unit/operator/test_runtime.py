@@ -367,6 +367,22 @@ async def test_an_inference_pool_that_goes_before_it_is_watched_is_found_gone(
         await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == reason)
 
 
+async def test_own_crds_that_come_later_are_found_soon(api, rig, monkeypatch):
+    """Also what is created before kopf watches them."""
+    monkeypatch.setattr(runtime, "POOLS_INTERVAL_S", 0.01)
+    rig.cluster.missing = {Kind.EXPERT, Kind.POLICY}
+    async with rig.running(resync_interval_s=3600.0) as operator:
+        await rig.until(lambda: operator.health.synced)
+        rig.cluster.missing = set()
+        lists = rig.cluster.log.count(("list", Kind.EXPERT))
+        await rig.until(lambda: rig.cluster.log.count(("list", Kind.EXPERT)) > lists + 1)
+        rig.cluster.put(api.policy(), api.expert())
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+        for kind, body in ((Kind.POLICY, api.policy("b")), (Kind.EXPERT, api.expert("b"))):
+            operator.feed(kind, {"type": "ADDED", "object": body})
+        assert operator._awaited() == []
+
+
 async def test_an_inference_pool_crd_that_nobody_waits_for_is_not_looked_for(api, rig, monkeypatch):
     monkeypatch.setattr(runtime, "POOLS_INTERVAL_S", 0.001)
     rig.cluster.missing = {Kind.POOL}
