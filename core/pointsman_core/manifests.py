@@ -229,7 +229,7 @@ class _Parser:
             )
         except ValidationError as invalid:
             for error in invalid.errors(include_url=False):
-                report(error["loc"], _explain(error, model))
+                report(error["loc"], explain(error, model))
             return
         if len(self.errors) > before:
             return
@@ -401,7 +401,7 @@ def format_path(path: Path) -> str:
     return text
 
 
-def _explain(error: ErrorDetails, model: type[LLMExpert | RoutingPolicy]) -> str:
+def explain(error: ErrorDetails, model: type[LLMExpert | RoutingPolicy]) -> str:
     """A pydantic error in the words of the person who writes YAML."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "missing":

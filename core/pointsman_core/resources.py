@@ -41,6 +41,7 @@ _PORT = r"(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|
 DNS_LABEL_PATTERN = rf"^{_LABEL}$"
 DNS_NAME_PATTERN = rf"^{_LABEL}(\.{_LABEL})*$"
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$"
+SERVED_NAME_PATTERN = r"^/?[A-Za-z0-9][A-Za-z0-9._:/@+-]*$"
 LABEL_VALUE_PATTERN = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"
 LABEL_KEY_PATTERN = rf"^({_LABEL}(\.{_LABEL})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
 ADDRESS_PATTERN = rf"^({_OCTET}(\.{_OCTET}){{3}}|\[[0-9A-Fa-f:.]{{2,45}}\]):{_PORT}$"
@@ -55,6 +56,7 @@ PATTERN_MEANINGS: Final = {
     DNS_LABEL_PATTERN: "lower-case letters, digits and '-', starting and ending alphanumeric",
     DNS_NAME_PATTERN: "lower-case letters, digits, '-' and '.', each part alphanumeric at its ends",
     MODEL_NAME_PATTERN: "letters, digits and any of . _ : / @ + -, starting alphanumeric",
+    SERVED_NAME_PATTERN: "letters, digits and any of . _ : / @ + -, starting alphanumeric or by /",
     LABEL_VALUE_PATTERN: "letters, digits, '-', '_' and '.', alphanumeric at its ends",
     ADDRESS_PATTERN: "ip:port (a port of 1 to 65535, IPv6 in brackets, no host name)",
     URL_PATH_PATTERN: "an absolute path such as /metrics, without query",
@@ -70,6 +72,8 @@ DnsLabel = Annotated[str, Field(pattern=DNS_LABEL_PATTERN, max_length=63)]
 DnsName = Annotated[str, Field(pattern=DNS_NAME_PATTERN, max_length=253)]
 ResourceName = Annotated[str, Field(pattern=DNS_NAME_PATTERN, max_length=63)]
 ModelName = Annotated[str, Field(pattern=MODEL_NAME_PATTERN, max_length=253)]
+ServedName = Annotated[str, Field(pattern=SERVED_NAME_PATTERN, max_length=253)]
+"""Of an engine's choosing: vLLM calls a model by its path, such as ``/models/qwen``."""
 LabelValue = Annotated[str, Field(pattern=LABEL_VALUE_PATTERN, max_length=63)]
 Keyword = Annotated[str, Field(min_length=1, max_length=64)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -571,7 +575,7 @@ class LLMExpertSpec(Resource):
         ),
     )
 
-    model: ModelName = Field(
+    model: ServedName = Field(
         description="Name under which the engine serves the model; written into each request.",
         json_schema_extra={
             # A transition rule: only the API server, which knows the old object, can check it.
@@ -583,7 +587,7 @@ class LLMExpertSpec(Resource):
             ]
         },
     )
-    aliases: UniqueList[ModelName] = Field(
+    aliases: UniqueList[ServedName] = Field(
         default_factory=list,
         max_length=16,
         description="Further names that the engine answers to.",

@@ -5,6 +5,7 @@ reads them leniently, where the client's own models would refuse.
 """
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -289,6 +290,7 @@ def _cause(answer: object) -> str:
 def connect(namespaces: Sequence[str]) -> KubernetesCluster:
     """By the pod's service account, else by the kubeconfig; raises `ClusterError` for neither."""
     from kubernetes import client, config
+    from yaml import YAMLError
 
     configuration = client.Configuration()
     try:
@@ -298,6 +300,10 @@ def connect(namespaces: Sequence[str]) -> KubernetesCluster:
             config.load_kube_config(client_configuration=configuration)
     except config.ConfigException as error:
         raise ClusterError(f"neither in a cluster, nor a usable kubeconfig: {error}") from None
+    except (YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        where = os.environ.get("KUBECONFIG") or "~/.kube/config"
+        text = f"{where} is not a kubeconfig: {type(error).__name__}: {error}"
+        raise ClusterError(" ".join(text.split())) from None
     configuration.connection_pool_maxsize = THREADS
     configuration.retries = 0  # every caller tries again by itself, and counts failures
     return KubernetesCluster(client.ApiClient(configuration), namespaces)

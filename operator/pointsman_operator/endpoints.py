@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 
-from pointsman_core.resources import Backend, LLMExpert, ServiceBackend
+from pointsman_core.resources import Backend, LLMExpert
+from pointsman_core.snapshot import canonical_address
 from pointsman_operator.conditions import Reason
 from pointsman_operator.observed import (
     EndpointSlice,
@@ -16,6 +17,7 @@ from pointsman_operator.observed import (
     Service,
     ServicePort,
 )
+from pointsman_operator.wording import listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Resolution:
     fault: Reason | None = None
     """Why the backend cannot be resolved at all."""
     message: str = ""
-    """The fault, for people."""
+    """The fault, or why there is no endpoint, for people."""
 
 
 class Resolver:
@@ -52,13 +54,14 @@ class Resolver:
             text = f"the operator is not permitted to list {kind}: see its role"
             return _fault(Reason.NOT_PERMITTED, text)
         if backend.service is not None:
-            return self._by_service(namespace, backend.service)
+            return self.by_service(Key(namespace, backend.service.name), str(backend.service.port))
         if backend.pod_selector is not None:
             selector = backend.pod_selector
             return self._by_pods(namespace, selector.match_labels, [selector.port])
         if backend.inference_pool is not None:
             return self._by_pool(Key(namespace, backend.inference_pool.name))
-        addresses = backend.addresses or ()
+        # Once, however often and in whatever notation it is written.
+        addresses = {canonical_address(one) for one in backend.addresses or ()}
         return Resolution(ready=tuple(sorted(addresses)), total=len(addresses))
 
     def service_endpoints(self, key: Key, port: ServicePort) -> dict[str, bool]:
@@ -87,20 +90,38 @@ class Resolver:
         may_read = self._observed.may_read
         return next((kind for kind in needed if not may_read(kind, namespace)), None)
 
-    def _by_service(self, namespace: str, backend: ServiceBackend) -> Resolution:
-        key = Key(namespace, backend.name)
+    def by_service(self, key: Key, wanted: str) -> Resolution:
+        """The endpoints of a Service's port, by number or name."""
         service = self._observed.services.get(key)
         if service is None or service.meta.deleting:
             return _fault(Reason.SERVICE_NOT_FOUND, f"there is no Service {key}")
         if service.external:
             text = f"Service {key} is an ExternalName, which has no endpoints: write addresses"
             return _fault(Reason.SERVICE_NOT_SUPPORTED, text)
-        port = find_port(service, str(backend.port))
+        port = find_port(service, wanted)
         if port is None:
             offered = ", ".join(str(one.number) for one in service.ports) or "none"
-            text = f"Service {key} has no TCP port {backend.port}; it has {offered}"
+            text = f"Service {key} has no TCP port {wanted}; it has {offered}"
             return _fault(Reason.PORT_NOT_FOUND, text)
-        return _resolution(self.service_endpoints(key, port))
+        found = self.service_endpoints(key, port)
+        return _resolution(found, "" if found else self._why_none(service, port))
+
+    def _why_none(self, service: Service, port: ServicePort) -> str:
+        """Why a Service has no endpoint."""
+        key = service.meta.key
+        slices = [one for one in self._slices.get(key, ()) if one.endpoints]
+        if not slices:
+            return f"Service {key} has no endpoints: no pod with an address matches its selector"
+        if not any(port.name in one.ports for one in slices):
+            names = sorted({repr(name) for one in slices for name in one.ports}) or ["none"]
+            return (
+                f"the EndpointSlices of Service {key} have no TCP port named {port.name!r}; "
+                f"they have {listed(names)}"
+            )
+        families = listed(sorted({one.family for one in slices}))
+        if service.family and all(one.family != service.family for one in slices):
+            return f"Service {key} is {service.family}, its endpoints are {families}"
+        return f"all endpoints of Service {key} are terminating"
 
     def _by_pool(self, key: Key) -> Resolution:
         if not self._observed.pools_installed:
@@ -109,20 +130,30 @@ class Resolver:
         pool = self._observed.pools.get(key)
         if pool is None or pool.meta.deleting:
             return _fault(Reason.POOL_NOT_FOUND, f"there is no InferencePool {key}")
-        return self._by_pods(key.namespace, pool.match_labels, pool.ports)
+        return self._by_pods(
+            key.namespace, pool.match_labels, pool.ports, of=f"InferencePool {key}"
+        )
 
     def _by_pods(
-        self, namespace: str, labels: Mapping[str, str], ports: Iterable[int]
+        self, namespace: str, labels: Mapping[str, str], ports: Iterable[int], *, of: str = ""
     ) -> Resolution:
         found: dict[str, bool] = {}
         ports = tuple(ports)
-        for pod in self._select(namespace, labels):
+        pods = self._select(namespace, labels)
+        for pod in pods:
             addresses = () if pod.gone else (format_address(pod.ip, port) for port in ports)
             for address in addresses:
                 if address is not None:
                     # Pods on their host's network share its address: the one that serves counts.
                     found[address] = found.get(address, False) or pod.ready
-        return _resolution(found)
+        wanted = ", ".join(f"{key}={value}" for key, value in labels.items()) or "no labels"
+        where = f"with {wanted} in namespace {namespace}" + (f" ({of})" if of else "")
+        text = f"there is no pod {where}"
+        if waiting := [pod.meta.key.name for pod in pods if not pod.gone]:
+            text = f"no pod {where} has an address yet: {listed(sorted(waiting))}"
+        elif pods:
+            text = f"all pods {where} have ended"
+        return _resolution(found, "" if found else text)
 
     def _select(self, namespace: str, labels: Mapping[str, str]) -> list[Pod]:
         if not labels:
@@ -149,9 +180,9 @@ def format_address(ip: str, port: int) -> str | None:
     return f"[{parsed}]:{port}" if parsed.version == 6 else f"{parsed}:{port}"
 
 
-def _resolution(endpoints: Mapping[str, bool]) -> Resolution:
+def _resolution(endpoints: Mapping[str, bool], message: str) -> Resolution:
     ready = sorted(address for address, ready in endpoints.items() if ready)
-    return Resolution(ready=tuple(ready), total=len(endpoints))
+    return Resolution(ready=tuple(ready), total=len(endpoints), message=message)
 
 
 def _fault(reason: Reason, message: str) -> Resolution:

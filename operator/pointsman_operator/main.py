@@ -65,6 +65,8 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
             ending.set()  # kopf would wait 5 s for whoever waits for its flag
         raise kopf.PermanentError(str(error)) from error
     memo.operator = operator
+    if (take_signals := memo.get("take_signals")) is not None:
+        take_signals()  # after kopf, which sees to signals once this waits for anything
 
 
 async def stop(memo: kopf.Memo, **_: Any) -> None:  # noqa: ANN401

@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
 from pydantic import ValidationError
 
-from pointsman_core.manifests import format_path
+from pointsman_core.manifests import explain, format_path
 from pointsman_core.resources import LLMExpert, RoutingPolicy
 from pointsman_core.snapshot import Snapshot, read_snapshot
 
@@ -219,6 +219,8 @@ class Observed:
     unstored: _Table[Key, str] = field(default_factory=_empty)
     """Why the API server refuses a policy's ConfigMap."""
     servers: _Table[str, ServerState] = field(default_factory=_empty)
+    serverless: str = ""
+    """Why there is no policy server, if there is none."""
     probes: _Table[str, Probe] = field(default_factory=_empty)
     performance: _Table[Key, Performance] = field(default_factory=_empty)
 
@@ -298,7 +300,7 @@ def _validate(
     try:
         return model.model_validate(content), [], ignored
     except ValidationError as invalid:
-        errors = _errors(invalid)
+        errors = _errors(invalid, model)
     ignored = [loc for loc, kind, _ in errors if kind == "extra_forbidden"]
     if not ignored:
         return None, errors, ignored
@@ -308,13 +310,13 @@ def _validate(
     try:
         return model.model_validate(content), [], ignored
     except ValidationError as invalid:
-        return None, _errors(invalid), ignored
+        return None, _errors(invalid, model), ignored
 
 
-def _errors(invalid: ValidationError) -> _Errors:
+def _errors(invalid: ValidationError, model: type[_R]) -> _Errors:
     return [
-        (error["loc"], error["type"], error["msg"])
-        for error in invalid.errors(include_url=False, include_input=False)
+        (one["loc"], one["type"], "" if one["type"] == "extra_forbidden" else explain(one, model))
+        for one in invalid.errors(include_url=False)
     ]
 
 

@@ -8,6 +8,7 @@ that a slow one delays nobody.
 import asyncio
 import contextlib
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -343,30 +344,32 @@ class _Link:
             self._owner.changed()
 
 
-_TLS_FAULTS: Final = (
-    ("Hostname Verification Check", "its certificate has another name: see --tls-server-name"),
-    ("certificate has expired", "its certificate has expired"),
-    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not one of --tls-ca"),
-    ("WRONG_VERSION_NUMBER", "it does not speak TLS"),
-    ("create security handshaker", "--tls-cert, --tls-key and --tls-ca cannot be used together"),
-    ("Socket closed", "it closes the connection; with TLS: is --tls-cert one of its client CA?"),
-)
-"""What gRPC tells of a connection, and what it means."""
-
-
 def describe(error: Exception) -> str:
     """An error in one line that does not change from try to try."""
     if not isinstance(error, grpc.aio.AioRpcError):
         return str(error)
     code = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
-        # Not the details themselves: they name attempts and times.
-        details = error.details() or ""
-        why = next((text for part, text in _TLS_FAULTS if part in details), "")
-        return f"cannot be reached: {why}" if why else "cannot be reached"
+        return _unavailable(error.details() or "")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"no answer within {RPC_TIMEOUT_S:g} s"
     return error.details() or code.name
+
+
+_TLS_FAULTS: Final = (
+    ("Hostname Verification", "its certificate is for another name: see --tls-server-name"),
+    ("security handshaker", "--tls-cert, --tls-key and --tls-ca cannot be used together"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS"),
+    ("Socket closed", "it closes the connection: with TLS, it may not trust --tls-cert"),
+)
+_UNTRUSTED: Final = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([a-z -]+)")
+
+
+def _unavailable(details: str) -> str:
+    """What can be mended is named; the rest of the details are attempts and times."""
+    if found := _UNTRUSTED.search(details):
+        return f"its certificate is not trusted: {found[1].strip()} (--tls-ca)"
+    return next((text for sign, text in _TLS_FAULTS if sign in details), "cannot be reached")
 
 
 # --- gRPC ------------------------------------------------------------------------------

@@ -384,7 +384,7 @@ def _expert_ready(expert: _Expert, *, in_force: bool) -> Finding:
             count += f"; ignored, as not known here: {listed(expert.found.ignored)}"
         return Finding(Type.READY, TRUE, Reason.ENDPOINTS_READY, count)
     text = {
-        Reason.NO_ENDPOINTS: "there are no endpoints",
+        Reason.NO_ENDPOINTS: resolution.message,
         Reason.NO_READY_ENDPOINTS: count,
         Reason.NONE_ANSWERS: expert.reachable.message,
         Reason.MODEL_NOT_LISTED: expert.served.message,
@@ -552,11 +552,13 @@ def _policy_status(
 ) -> StatusWrite | None:
     having = _having(policy, observed.servers, previous)
     refs, model = _resolved_refs(policy), _model_loaded(policy, observed.servers, having)
-    programmed = _programmed(policy, observed.servers, having)
+    programmed = _programmed(policy, observed, having)
     ready = _policy_ready(
         policy, refs, programmed, model, refusal=observed.unstored.get(policy.meta.key, "")
     )
-    performance = observed.performance.get(policy.meta.key, Performance())
+    # Without a snapshot they are those of a predecessor of the same name.
+    known = {} if policy.snapshot is None else observed.performance
+    performance = known.get(policy.meta.key, Performance())
     fields: dict[str, Any] = {
         "experts": _selected_experts(policy, previous),
         "snapshotVersion": None if policy.snapshot is None else policy.snapshot.version,
@@ -634,30 +636,29 @@ def _model_loaded(
     if algorithm != Algorithm.HAN_DRL:
         text = f"{algorithm} needs no model"
         return Finding(Type.MODEL_LOADED, TRUE, Reason.NO_MODEL_NEEDED, text)
-    counted = {address: server for address, server in sorted(servers.items()) if server.counted}
+    ready = {address: server for address, server in sorted(servers.items()) if server.counted}
     said = {
         address: server.models[policy.meta.key]
-        for address, server in counted.items()
+        for address, server in ready.items()
         if policy.meta.key in server.models and address in having
     }
     for address, (_, error) in said.items():
         if error:
             return Finding(Type.MODEL_LOADED, FALSE, Reason.LOAD_FAILED, f"{address}: {error}")
-    count = f"{len(said)}/{len(counted)} policy servers have loaded it"
-    if not counted or len(said) < len(counted):
+    verb = "has" if 1 in (len(said), len(ready)) else "have"
+    count = f"{len(said)}/{counted(len(ready), 'policy server')} {verb} loaded it"
+    if not ready or len(said) < len(ready):
         return Finding(Type.MODEL_LOADED, UNKNOWN, Reason.PENDING, count)
     found = ", ".join(sorted({sha256[:12] for sha256, _ in said.values()}))
     return Finding(Type.MODEL_LOADED, TRUE, Reason.LOADED, f"{count}: {found}")
 
 
-def _programmed(
-    policy: _Policy, servers: Mapping[str, ServerState], having: AbstractSet[str]
-) -> Finding:
+def _programmed(policy: _Policy, observed: Observed, having: AbstractSet[str]) -> Finding:
     if (refusal := _not_accepted(Type.PROGRAMMED, policy)) is not None:
         return refusal
-    ready = {address: server for address, server in servers.items() if server.counted}
+    ready = {address: server for address, server in observed.servers.items() if server.counted}
     if not ready:
-        text = "no policy server is ready"
+        text = ": ".join(filter(None, ("no policy server is ready", observed.serverless)))
         return Finding(Type.PROGRAMMED, FALSE, Reason.NO_POLICY_SERVERS, text)
     generation = policy.meta.generation
     behind = {

@@ -29,6 +29,7 @@ from aiohttp import web
 from prometheus_client import generate_latest
 
 from pointsman_core.resources import LLMExpert, RoutingPolicy
+from pointsman_operator.budget import EventBudget
 from pointsman_operator.cluster import Cluster, ClusterError
 from pointsman_operator.endpoints import Resolver, find_port
 from pointsman_operator.health import Health
@@ -63,7 +64,7 @@ from pointsman_operator.store import Store
 HEARTBEAT_S: Final = 5.0
 RESYNC_TIMEOUT_S: Final = 90.0
 POOLS_INTERVAL_S: Final = 5.0
-"""Between two looks for the InferencePool CRD while an expert waits for it."""
+"""Between two looks for our own CRDs, and for InferencePool's while an expert waits for it."""
 SETTLE_S: Final = 1.0
 """Statuses wait so long for the answers of policy servers and engines."""
 FIRST_SETTLE_S: Final = 8.0
@@ -139,6 +140,9 @@ class Operator:
         """Of writes, by object."""
         self._unstored: dict[Key, str] = {}
         """Why the API server refuses a policy's ConfigMap."""
+        self._late: set[Kind] = set()
+        """Own kinds that were not installed once, and that no watch has told of since."""
+        self._events = EventBudget()
         self._publishing = False
         """A change is on its way to the publisher."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -228,12 +232,24 @@ class Operator:
     async def _pools_loop(self) -> None:
         """A CRD that is installed is told of by no watch before it has objects, if at all."""
         while True:
-            if self.health.synced and self._pools_wanted:
+            for kind in self._awaited() if self.health.synced else ():
                 try:
-                    await self._relist(Kind.POOL)
+                    await self._relist(kind)
                 except ClusterError as error:  # full lists tell of it, too
-                    log.debug("list failed", kind=Kind.POOL, error=str(error))
+                    log.debug("list failed", kind=kind, error=str(error))
             await self._sleep("pools", POOLS_INTERVAL_S)
+
+    def _awaited(self) -> list[Kind]:
+        """Kinds whose CRD may come at any time."""
+        self._late |= {kind for kind in OWN_KINDS if not self.store.installed(kind)}
+        # Until a watch tells of one: kopf overlooks a CRD that is not established yet.
+        self._late -= {
+            kind
+            for kind in self._late
+            if self.store.installed(kind) and self.store.events(kind) > 0
+        }
+        late = sorted(self._late)
+        return [*late, Kind.POOL] if self._pools_wanted else late
 
     @property
     def _pools_wanted(self) -> bool:
@@ -270,6 +286,7 @@ class Operator:
                 self.store.abandon_list(kind, touched[kind])
             raise
         now = self._clock()
+        self._events.forget(now=now)
         missed = {kind: self.store.missed(kind, now=now) for kind in Kind}
         changed = [self._end_list(kind, touched[kind], listed[kind], now=now) for kind in Kind]
         watched = [kind for kind in Kind if kind not in {Kind.CONFIG_MAP, *self._unwatched}]
@@ -412,7 +429,7 @@ class Operator:
 
     def _observe(self) -> Observed:
         objects = self.store.objects
-        return Observed(
+        seen = Observed(
             experts=objects(Kind.EXPERT),
             policies=objects(Kind.POLICY),
             services=objects(Kind.SERVICE),
@@ -426,6 +443,17 @@ class Operator:
             probes={} if self._prober is None else self._prober.results(),
             performance=self._performance,
         )
+        return seen if seen.servers else replace(seen, serverless=self._why_no_server(seen))
+
+    def _why_no_server(self, observed: Observed) -> str:
+        ref = self.settings.policy_servers
+        if ref is None:
+            return "give the operator --policy-servers or --policy-server-address"
+        for kind in (Kind.SERVICE, Kind.SLICE):
+            if not observed.may_read(kind, ref.service.namespace):
+                return f"the operator is not permitted to list {kind}: see its role"
+        found = Resolver(observed).by_service(ref.service, ref.port)
+        return f"{found.message} (--policy-servers)" if found.message else ""
 
     async def _reconcile(self, observed: Observed) -> Outcome:
         started = time.perf_counter()
@@ -563,6 +591,9 @@ class Operator:
         if error is not None:
             return True  # its end, or its successor, will be told by the watch
         for event in write.events:
+            if not self._events.spend(write.ref, now=self._clock()):
+                self.metrics.writes.labels("event", "spared").inc()
+                continue
             # One that is lost is lost: the conditions say the same.
             await self._try("event", self._cluster.post_event(write.ref, event, datetime.now(UTC)))
         return True
@@ -632,7 +663,11 @@ class Operator:
         await runner.setup()
         try:
             site = web.TCPSite(runner, host.strip("[]") or None, int(port))
-            await site.start()
+            try:
+                await site.start()
+            except OSError as error:
+                why = error.strerror or str(error)
+                raise OSError(f"--http-address {self.settings.http_address}: {why}") from None
             self.http_port = runner.addresses[0][1]
             yield
         finally:

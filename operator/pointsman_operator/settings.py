@@ -31,7 +31,7 @@ class ServiceRef:
         path, _, port = text.rpartition(":")
         namespace, _, name = path.partition("/")
         if not (namespace and name and port) or "/" in name:
-            raise ValueError(f"{text!r} is not namespace/name:port")
+            raise ValueError(f"--policy-servers: {text!r} is not namespace/name:port")
         return cls(Key(namespace, name), port)
 
     @property
@@ -55,7 +55,7 @@ class TlsFiles:
         return self.ca.read_bytes(), self.key.read_bytes(), self.cert.read_bytes()
 
     def check(self) -> None:
-        """Raise ValueError for files that cannot be read, or be used together."""
+        """Raise ValueError for files that cannot be read, or not be used."""
         for what, path in (("certificate", self.cert), ("key", self.key), ("CA", self.ca)):
             try:
                 path.read_bytes()
@@ -64,15 +64,14 @@ class TlsFiles:
                 raise ValueError(text) from None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
-            # A password is asked for at the terminal unless one is given.
-            context.load_cert_chain(self.cert, self.key, password="-")  # noqa: S106
+            context.load_cert_chain(self.cert, self.key, password="")
         except ssl.SSLError:
-            files = f"{self.cert} and {self.key}"
-            raise ValueError(f"{files} are not a certificate and its plain key in PEM") from None
+            text = f"{self.cert} and {self.key} are not a certificate and its private key in PEM"
+            raise ValueError(f"{text}, without password: see --tls-cert, --tls-key") from None
         try:
             context.load_verify_locations(self.ca)
         except ssl.SSLError:
-            raise ValueError(f"{self.ca} holds no certificate of a CA in PEM") from None
+            raise ValueError(f"--tls-ca: {self.ca} holds no certificate in PEM") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +112,7 @@ class OperatorSettings:
     def __post_init__(self) -> None:
         for namespace in self.namespaces:
             if not re.fullmatch(DNS_LABEL_PATTERN, namespace):
-                raise ValueError(f"{namespace!r} is not the name of a namespace")
+                raise ValueError(f"--namespace: {namespace!r} is not the name of a namespace")
         servers = self.policy_servers
         if servers and self.namespaces and servers.service.namespace not in self.namespaces:
             raise ValueError(
@@ -122,7 +121,9 @@ class OperatorSettings:
             )
         self._check_addresses()
         if self.prometheus_url and not self.prometheus_url.startswith(("http://", "https://")):
-            raise ValueError(f"{self.prometheus_url!r} is not an http:// or https:// URL")
+            raise ValueError(
+                f"--prometheus-url: {self.prometheus_url!r} is not an http:// or https:// URL"
+            )
         for one in fields(self):
             if one.name.endswith("_interval_s") and not 0 < getattr(self, one.name) < math.inf:
                 raise ValueError(f"{one.name} must be positive and finite")

@@ -6,6 +6,7 @@ written is kept, and Kubernetes need not count restarts.
 """
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -51,6 +52,24 @@ def run(settings: OperatorSettings) -> None:
     supervise(once)
 
 
+class Signals:
+    """SIGINT and SIGTERM, in place of kopf, which forgets one that comes while it fails."""
+
+    def __init__(self, flag: asyncio.Event | threading.Event) -> None:
+        self.came = False
+        self._flag = flag
+
+    def take(self) -> None:
+        """From now on; only the main thread has signals."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        self.came = True
+        self._flag.set()
+
+
 async def operate(
     settings: OperatorSettings, memory: Memory, *, stop_flag: threading.Event | None = None
 ) -> None:
@@ -70,6 +89,7 @@ async def operate(
     main.register(registry, (kind for kind in main.WATCHED if kind not in unwatched))
     why: list[str] = []
     ending = asyncio.Event()
+    signals = Signals(ending if stop_flag is None else stop_flag)
 
     def on_stale_watches(reason: str) -> None:
         why.append(reason)
@@ -81,6 +101,7 @@ async def operate(
         cluster=cluster,
         unwatched=unwatched,
         on_stale_watches=on_stale_watches,
+        take_signals=signals.take,
         # The cleanup sets it too: kopf waits for whoever waits for its flag, for 5 s.
         ending=ending,
     )
@@ -97,13 +118,15 @@ async def operate(
     except Exception as error:
         if (refusal := memo.get("refusal")) is not None:
             raise StartError(refusal) from error
-        raise
+        if not signals.came:
+            raise
+        log.warning("watches ended while stopping", error=str(error))
     finally:
         reaper.cancel()
         if stop_flag is not None:
             stop_flag.set()  # kopf waits for it in a thread, which would keep the loop from closing
         await cluster.close()
-    if why:
+    if why and not signals.came:
         raise StaleWatchesError(why[0])
 
 

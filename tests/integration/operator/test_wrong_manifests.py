@@ -132,11 +132,19 @@ EXPERTS = {
         ("two backends", backend(service=SERVICE, addresses=["10.0.0.1:80"])),
         ("an unknown backend", backend(deployment={"name": "qwen"})),
         ("a Service without port", backend(service={"name": "qwen"})),
+        ("a port by its name", backend(service={"name": "qwen", "port": "http"})),
+        ("a Service by its DNS name", backend(service={"name": "qwen.llm.svc", "port": 8000})),
+        (
+            "a namespace for the Service",
+            backend(service={"name": "qwen", "namespace": "llm", "port": 8000}),
+        ),
         ("a port as text", backend(service={"name": "qwen", "port": "8000"})),
         ("port 0", backend(service={"name": "qwen", "port": 0})),
         ("a port over 65535", backend(service={"name": "qwen", "port": 80000})),
         ("a Service name with capitals", backend(service={"name": "Qwen", "port": 8000})),
         ("a Service of another namespace", backend(service={"name": "llm/qwen", "port": 8000})),
+        ("pods without port", backend(podSelector={"matchLabels": {"app": "qwen"}})),
+        ("labels beside the port", backend(podSelector={"app": "qwen", "port": 8000})),
         ("pods by no label", backend(podSelector={"matchLabels": {}, "port": 8000})),
         (
             "a label value with a space",
@@ -212,6 +220,7 @@ POLICIES = {
         ("too many models", {"models": names(17)}, "models: 17 names"),
     ),
     "Selector": (
+        ("experts by name", {"experts": ["qwen"]}),
         ("labels outside matchLabels", {"selector": {"site": "edge"}}),
         ("matchExpressions", {"selector": {"matchExpressions": []}}),
         ("a label value that is a number", {"selector": {"matchLabels": {"rack": 7}}}),
@@ -223,6 +232,7 @@ POLICIES = {
         ),
     ),
     "QoS": (
+        ("a limit alone", {"qos": 60}),
         ("a limit of 0 ms", {"qos": {"latencyPerTokenMs": 0}}),
         ("a limit with its unit", {"qos": {"latencyPerTokenMs": "60ms"}}),
         ("over ten minutes per token", {"qos": {"latencyPerTokenMs": 600001}}),
@@ -231,6 +241,19 @@ POLICIES = {
     "Algorithm": (
         ("an unknown algorithm", {"algorithm": "Fastest"}),
         ("an algorithm in lower case", {"algorithm": "roundrobin"}),
+        ("a fallback that needs a model", {"algorithm": "HanDrl", "fallback": "HanDrl"}),
+        ("a model without checksum", {"algorithm": "HanDrl", "model": {"file": "han.onnx"}}),
+        ("a model by its file alone", {"algorithm": "HanDrl", "model": "han.onnx"}),
+        (
+            "a model's path",
+            {"algorithm": "HanDrl", "model": {"file": "models/han.onnx", "sha256": "0" * 64}},
+            "algorithm: HanDrl, model: {file: models/han.onnx, sha256: 64 zeros}",
+        ),
+        (
+            "a model for another algorithm",
+            {"algorithm": "RoundRobin", "model": {"file": "han.onnx", "sha256": "0" * 64}},
+            "algorithm: RoundRobin, model: {file: han.onnx, sha256: 64 zeros}",
+        ),
         ("an unknown fallback", {"fallback": "none"}),
         ("an unknown admission", {"admission": "Drop"}),
     ),

@@ -4,6 +4,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from pointsman_core.resources import (
+    SERVED_NAME_PATTERN,
     Algorithm,
     Backend,
     Condition,
@@ -31,6 +32,23 @@ def test_a_minimal_expert_gets_all_defaults():
     assert expert.metadata.namespace == "default"
     assert expert.spec.engine.metrics.path == "/metrics"
     assert expert.status is None
+
+
+@pytest.mark.parametrize("name", ["/models/qwen.gguf", "Qwen/Qwen2.5-7B-Instruct", "qwen2.5:7b"])
+def test_an_expert_s_model_may_be_a_path(name):
+    """As vLLM calls a model that it has from a folder, without --served-model-name."""
+    spec = {"model": name, "aliases": ["/other"], "backend": BACKEND}
+    assert LLMExpertSpec.model_validate(spec).model == name
+
+
+@pytest.mark.parametrize("name", ["/", "//models/qwen", "models qwen", ""])
+def test_what_no_engine_calls_a_model(name):
+    spec = {"model": name, "backend": BACKEND}
+    assert messages(LLMExpertSpec, spec) == [f"String should match pattern '{SERVED_NAME_PATTERN}'"]
+
+
+def test_a_policy_s_model_is_no_path():
+    assert messages(RoutingPolicySpec, {"models": ["/models/qwen"]}) != []
 
 
 def test_a_policy_needs_no_more_than_a_model_name():

@@ -98,6 +98,46 @@ def test_pods_that_are_ready_and_stay(api):
     assert resolve(api, PODS, *pods) == (["10.0.1.1:8000"], 2)
 
 
+def why_none(api, backend, *bodies):
+    seen = api.observe(api.expert(**backend), *bodies)
+    (expert,) = seen.experts.values()
+    found = Resolver(seen).resolve(expert.resource)
+    assert (found.fault, found.total) == (None, 0)
+    return found.message
+
+
+def test_why_a_service_has_no_endpoints(api):
+    def of(*bodies, **spec):
+        return why_none(api, SERVICE, api.service(**spec), *bodies)
+
+    nothing = "Service default/engine has no endpoints: no pod with an address matches its selector"
+    assert of() == nothing
+    assert of(api.slice("engine")) == nothing
+    assert of(api.slice("engine", "10.0.0.1"), port_name="") == (
+        "the EndpointSlices of Service default/engine have no TCP port named ''; they have 'http'"
+    )
+    assert of(api.slice("engine", "fd00::1", family="IPv6"), ipFamilies=["IPv4"]) == (
+        "Service default/engine is IPv4, its endpoints are IPv6"
+    )
+    leaving = api.slice("engine", "10.0.0.1", terminating=True)
+    assert of(leaving) == "all endpoints of Service default/engine are terminating"
+
+
+def test_why_there_is_no_pod(api):
+    where = "with app=llm in namespace default"
+    pending = (api.pod("b", "", phase="Pending"), api.pod("a", "", phase="Pending"))
+    assert why_none(api, PODS) == f"there is no pod {where}"
+    assert why_none(api, PODS, *pending) == f"no pod {where} has an address yet: a, b"
+    assert why_none(api, PODS, api.pod(phase="Succeeded")) == f"all pods {where} have ended"
+    pool = f"there is no pod {where} (InferencePool default/pool)"
+    assert why_none(api, POOL, api.pool()) == pool
+
+
+def test_one_address_in_two_notations_is_one_endpoint(api):
+    addresses = ["[fd00:0::1]:80", "[FD00::1]:80"]
+    assert resolve(api, {"addresses": addresses}) == (["[fd00::1]:80"], 1)
+
+
 @pytest.mark.parametrize("names", ["ab", "ba"])
 def test_of_pods_that_share_an_address_the_ready_one_counts(api, names):
     """Such as on their host's network; whichever the API tells of first."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 import threading
 from dataclasses import replace
 
@@ -212,6 +214,43 @@ async def test_a_start_without_access_is_refused_for_good(monkeypatch, tmp_path)
         await asyncio.to_thread(asyncio.run, operate(SETTINGS, Memory()))
 
 
+@pytest.mark.parametrize("content", ["garbage", "a: [", "clusters: {}", "[]"])
+async def test_a_file_that_is_no_kubeconfig_refuses_the_start(monkeypatch, tmp_path, content):
+    """Rather than being tried again and again."""
+    path = tmp_path / "config"
+    path.write_text(content)
+    place = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
+    monkeypatch.setattr(place, str(path))
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(StartError, match="kubeconfig"):
+        await asyncio.to_thread(asyncio.run, operate(SETTINGS, Memory()))
+
+
+async def test_a_signal_while_the_watches_end_is_not_forgotten(api_server, monkeypatch):  # noqa: ARG001
+    """Kopf takes no notice of it then, and everything would be started again."""
+
+    async def failing(*, memo, **_):
+        start = asyncio.create_task(main.start(settings=kopf.OperatorSettings(), memo=memo))
+        await asyncio.sleep(0)  # kopf's, too, come after the beginning of the start
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None)
+        await start
+        os.kill(os.getpid(), signal.SIGTERM)
+        await memo.ending.wait()
+        await main.stop(memo=memo)
+        raise RuntimeError("watches ended")
+
+    monkeypatch.setattr(kopf, "operator", failing)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(20):
+            await operate(SETTINGS, Memory())
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().remove_signal_handler(number)
+        signal.signal(signal.SIGTERM, before)
+
+
 async def test_a_refused_start_ends_at_once(api_server, monkeypatch):
     """Kopf would wait 5 s for whoever waits for its flag, and then the reaper comes."""
     ended = []
@@ -226,7 +265,7 @@ async def test_a_refused_start_ends_at_once(api_server, monkeypatch):
 
     monkeypatch.setattr(kopf, "operator", watched)
     settings = replace(SETTINGS, http_address=api_server.url.removeprefix("http://"))
-    with pytest.raises(StartError, match="address already in use"):
+    with pytest.raises(StartError, match=r"--http-address 127.0.0.1:\d+: .*already in use"):
         await asyncio.to_thread(asyncio.run, operate(settings, Memory()))
     assert ended == [True]
 

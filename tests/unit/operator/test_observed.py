@@ -117,3 +117,12 @@ def test_a_config_map_without_owner(api):
     body, _ = stored(api)
     del body["metadata"]["ownerReferences"]
     assert read_object(Kind.CONFIG_MAP, body).owner_uid == ""
+
+
+def test_problems_quote_no_pattern(api):
+    """A newer CRD may let through what this version does not know."""
+    found = read_object(Kind.EXPERT, api.expert(spec={"model": "qwen 7b"}))
+    assert found.problems == (
+        "spec.model: must be letters, digits and any of . _ : / @ + -, starting alphanumeric or "
+        'by / (got "qwen 7b")',
+    )

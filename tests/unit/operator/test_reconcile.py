@@ -884,6 +884,19 @@ def test_performance_is_written_where_the_crd_has_it(api, monkeypatch):
     assert "averageQos" not in write.status
 
 
+def test_a_policy_with_nothing_in_force_has_no_performance(api):
+    """Policy servers still count what a predecessor of its name did."""
+    first = api.reconcile(api.observe(api.policy("old", models=["auto"]), api.expert()))
+    world = (api.policy("old", models=["auto"]), api.policy("auto"), api.expert())
+    seen = api.observe(*world, performance={AUTO: Performance(0.5, 0.25)})
+    (write,) = (w for w in api.reconcile(seen, first.next).statuses if w.ref.key.name == "auto")
+    assert api.conditions(api.reconcile(seen, first.next), "auto")["Ready"] == (
+        "False",
+        "ModelNameConflict",
+    )
+    assert {"averageQos", "violationRate"}.isdisjoint(write.status)
+
+
 # --- statuses over time ----------------------------------------------------------------
 
 

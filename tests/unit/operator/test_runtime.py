@@ -13,8 +13,10 @@ from structlog.testing import capture_logs
 
 from pointsman_operator import runtime, store
 from pointsman_operator.cluster import ClusterError, config_map
+from pointsman_operator.conditions import Transition
 from pointsman_operator.observed import Key, Kind
 from pointsman_operator.publisher import PolicyCounts, ServerReport
+from pointsman_operator.reconcile import Ref, StatusWrite
 from pointsman_operator.runtime import Memory, Operator
 from pointsman_operator.settings import OperatorSettings, ServiceRef
 
@@ -386,6 +388,22 @@ async def test_an_inference_pool_that_goes_before_it_is_watched_is_found_gone(
         await rig.until(lambda: rig.reason("coder", "Ready", Kind.EXPERT) == reason)
 
 
+async def test_own_crds_that_come_later_are_found_soon(api, rig, monkeypatch):
+    """Also what is created before kopf watches them."""
+    monkeypatch.setattr(runtime, "POOLS_INTERVAL_S", 0.01)
+    rig.cluster.missing = {Kind.EXPERT, Kind.POLICY}
+    async with rig.running(resync_interval_s=3600.0) as operator:
+        await rig.until(lambda: operator.health.synced)
+        rig.cluster.missing = set()
+        lists = rig.cluster.log.count(("list", Kind.EXPERT))
+        await rig.until(lambda: rig.cluster.log.count(("list", Kind.EXPERT)) > lists + 1)
+        rig.cluster.put(api.policy(), api.expert())
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "Acknowledged")
+        for kind, body in ((Kind.POLICY, api.policy("b")), (Kind.EXPERT, api.expert("b"))):
+            operator.feed(kind, {"type": "ADDED", "object": body})
+        assert operator._awaited() == []
+
+
 async def test_an_inference_pool_crd_that_nobody_waits_for_is_not_looked_for(api, rig, monkeypatch):
     monkeypatch.setattr(runtime, "POOLS_INTERVAL_S", 0.001)
     rig.cluster.missing = {Kind.POOL}
@@ -674,6 +692,61 @@ async def test_the_last_policy_that_goes_leaves_an_empty_set(api, rig):
         operator.feed(Kind.POLICY, {"type": "DELETED", "object": api.policy()})
         await rig.until(lambda: len(rig.servers.sets) == 2)
         assert rig.servers.sets[1][1].snapshots == ()
+
+
+async def test_an_object_that_flaps_causes_few_events(api, rig):
+    rig.cluster.put(api.policy())
+    flaps = (Transition(True, "Flaps", "up"),) * 40
+    async with rig.running(resync_interval_s=3600.0) as operator:
+        await rig.until(lambda: rig.reason("auto", "Ready"))
+        for name in ("auto", "other"):
+            ref = Ref(Kind.POLICY, Key("default", name), name)
+            rig.cluster.put(api.policy(name))
+            await operator._write_status(StatusWrite(ref, {}, flaps))
+        written = [content for what, content in rig.cluster.log if what == "event"]
+        assert written.count(("auto", "Flaps")) == written.count(("other", "Flaps")) == 25
+        _, metrics = await rig.get("/metrics")
+    assert 'pointsman_operator_writes_total{result="spared",what="event"} 30.0' in metrics
+
+
+WITHOUT_SERVERS = {
+    "nothing is said of them": (
+        None,
+        "give the operator --policy-servers or --policy-server-address",
+    ),
+    "no Service": (
+        ServiceRef(Key("default", "polcy"), "http"),
+        "there is no Service default/polcy (--policy-servers)",
+    ),
+    "no such port": (
+        ServiceRef(Key("default", "policy"), "9004"),
+        "Service default/policy has no TCP port 9004; it has 9003 (--policy-servers)",
+    ),
+    "no endpoints": (
+        ServiceRef(Key("default", "policy"), "9003"),
+        "Service default/policy has no endpoints: no pod with an address matches its selector "
+        "(--policy-servers)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("servers", "text"), WITHOUT_SERVERS.values(), ids=WITHOUT_SERVERS)
+async def test_why_there_is_no_policy_server_is_told(api, rig, servers, text):
+    rig.cluster.put(api.policy(), api.expert(), api.service("policy", port=9003))
+    async with rig.running(policy_server_addresses=(), policy_servers=servers):
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "NoPolicyServers")
+        (told,) = (c for c in rig.status("auto")["conditions"] if c["type"] == "Programmed")
+        assert told["message"] == f"no policy server is ready: {text}"
+
+
+async def test_a_role_that_hides_the_policy_servers_is_told(api, rig):
+    rig.cluster.put(api.policy(), api.expert())
+    rig.cluster.forbidden = {Kind.SLICE}
+    servers = ServiceRef(Key("default", "policy"), "http")
+    async with rig.running(policy_server_addresses=(), policy_servers=servers):
+        await rig.until(lambda: rig.reason("auto", "Programmed") == "NoPolicyServers")
+        (told,) = (c for c in rig.status("auto")["conditions"] if c["type"] == "Programmed")
+        assert "not permitted to list EndpointSlice" in told["message"]
 
 
 async def test_policy_servers_are_found_by_their_service(api, rig):

@@ -1,10 +1,12 @@
 """Settings, and what to write instead of wrong ones."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from control_plane.certificates import Authority
 from pointsman_operator.observed import Key
 from pointsman_operator.settings import (
     ServiceRef,
@@ -18,7 +20,7 @@ from pointsman_operator.settings import (
 TLS = {"tls_cert": "c", "tls_key": "k", "tls_ca": "a"}
 
 WRONG = {
-    "service": ({"policy_servers": "policy:9003"}, "is not namespace/name:port"),
+    "service": ({"policy_servers": "policy:9003"}, "--policy-servers: 'policy:9003' is not"),
     "service path": ({"policy_servers": "a/b/c:9003"}, "is not namespace/name:port"),
     "half of TLS": ({"tls_cert": "c"}, "go together"),
     "plaintext": (
@@ -71,6 +73,21 @@ def test_certificates_must_be_readable(tmp_path):
         with pytest.raises(ValueError, match=re.escape(text)):
             tls.check()
         path.touch()
+
+
+def test_certificates_that_cannot_be_used(tmp_path):
+    authority = Authority(tmp_path)
+    pair, other = authority.client("operator"), authority.client("other")
+    good = TlsFiles(cert=pair.certificate, key=pair.key, ca=authority.path)
+    good.check()
+    with pytest.raises(ValueError, match="not a certificate and its private key in PEM"):
+        replace(good, key=other.key).check()
+    with pytest.raises(ValueError, match="not a certificate and its private key in PEM"):
+        replace(good, cert=pair.key, key=pair.certificate).check()
+    empty = tmp_path / "empty"
+    empty.touch()
+    with pytest.raises(ValueError, match=f"--tls-ca: {empty} holds no certificate in PEM"):
+        replace(good, ca=empty).check()
 
 
 def test_logs_of_kopf_run():
