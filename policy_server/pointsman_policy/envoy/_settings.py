@@ -57,11 +57,12 @@ class EnvoySettings(BaseModel):
     request_body_limit_bytes: Annotated[int, Field(ge=1024, le=MAX_BODY_BYTES)] = DEFAULT_BODY_LIMIT
     """Longest request body, also after the model was rewritten; a longer one gets 413. At most
     32 MiB, as both Envoy and the policy server hold it in memory. Give the policy server the same
-    limit: its gRPC then accepts messages of 64 KiB above it. Above 8 MiB raise
-    `message_timeout_ms`, too."""
+    limit: its gRPC then accepts messages of 64 KiB above it. Above 16 MiB
+    raise `message_timeout_ms`, too."""
 
-    message_timeout_ms: Milliseconds = 300
-    """Longest wait for one answer of the policy server before the request goes on without it."""
+    message_timeout_ms: Milliseconds = 1000
+    """Longest wait for one answer of the policy server before the request goes on without it.
+    Long enough for a burst of some hundred requests, which are decided one after the other."""
 
     fail_open: bool = True
     """Without the policy server: true sends requests to the least loaded endpoint, false answers
@@ -87,8 +88,8 @@ class EnvoySettings(BaseModel):
     policy_check_interval_ms: Milliseconds = 250
     """Pace of the policy server's health check; two failures in a row take it out."""
 
-    policy_check_timeout_ms: Milliseconds = 300
-    """Time limit of one health check of the policy server."""
+    policy_check_timeout_ms: Milliseconds = 1000
+    """Time limit of one health check of the policy server; no less than a burst holds it up."""
 
     stream_idle_timeout_s: Seconds = 300
     """Longest silence within a request, so also the longest wait for a first token."""
