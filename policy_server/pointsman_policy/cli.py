@@ -73,13 +73,14 @@ def policy_server(
     # token than its event engine (grpcio 1.85). Read when grpc is first imported.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
+    from pointsman_common.logs import configure_logs
     from pointsman_core.manifests import ManifestErrors
-    from pointsman_policy.logs import configure_logs
     from pointsman_policy.server import run
     from pointsman_policy.settings import ServerSettings, TlsFiles
 
     try:
-        configure_logs(level=log_level, style=log_format)
+        # watchfiles tells every change of a file, and the server what came of it.
+        configure_logs(level=log_level, style=log_format, quiet=("watchfiles",))
         run(
             ServerSettings(
                 manifests=tuple(manifests or ()),
