@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pointsman_cli.extras import needs_extra
+from pointsman_common.files import writable_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +33,7 @@ def fetch(
             "--to",
             metavar="DIR",
             help="Data folder. [default: $POINTSMAN_DATA, else ~/.local/share/pointsman]",
-            file_okay=False,
+            callback=writable_folder,
         ),
     ] = None,
 ) -> None:

@@ -12,6 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from pointsman_cli.extras import needs_extra
+from pointsman_common.files import (
+    must_be_readable,
+    readable,
+    readable_file,
+    told,
+    writable_file,
+    writable_folder,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,15 +94,24 @@ def evaluate(
     ] = "best",
     quality_data: Annotated[
         Path | None,
-        typer.Option(help="Your own scores: prompt,expert,score,output_tokens (CSV)."),
+        typer.Option(
+            help="Your own scores: prompt,expert,score,output_tokens (CSV).",
+            callback=readable_file,
+        ),
     ] = None,
     arrivals: Annotated[
         Path | None,
-        typer.Option(help="Your own trace: arrival_seconds,input_tokens,output_tokens (CSV)."),
+        typer.Option(
+            help="Your own trace: arrival_seconds,input_tokens,output_tokens (CSV).",
+            callback=readable_file,
+        ),
     ] = None,
     experts: Annotated[
         Path | None,
-        typer.Option(help="Your own manifests, a file or folder; default: examples/edge-site."),
+        typer.Option(
+            help="Your own manifests, a file or folder; default: examples/edge-site.",
+            callback=readable,
+        ),
     ] = None,
     policy: Annotated[
         str | None, typer.Option(help="Policy in the manifests; default: that of 'auto'.")
@@ -117,11 +134,14 @@ def evaluate(
             " Default name: the file's, without its ending.",
         ),
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where tables and plots go.")] = Path(
-        "evaluation-output"
-    ),
+    output_dir: Annotated[
+        Path, typer.Option(help="Where tables and plots go.", callback=writable_folder)
+    ] = Path("evaluation-output"),
     markdown: Annotated[
-        Path | None, typer.Option(help="Also write the overview, in Markdown, to this file.")
+        Path | None,
+        typer.Option(
+            help="Also write the overview, in Markdown, to this file.", callback=writable_file
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print runs and summary as JSON on standard output.")
@@ -135,8 +155,10 @@ def evaluate(
     All deciders meet the very same requests. Differences have paired bootstrap intervals.
     """
     with needs_extra():
-        from pointsman_learning.evaluation import Composer, Plan, registered
+        from pointsman_learning.evaluation import BUILTIN, PRIORS, Composer, Plan, registered
 
+    if predictor not in (None, BUILTIN, PRIORS):
+        must_be_readable(Path(predictor), option="--predictor")
     if policy is not None and experts is None:
         raise _bad("--policy", "names a policy in the manifests of --experts, which are not given")
     composer = Composer(
@@ -165,9 +187,6 @@ def evaluate(
         _check(composer, plan)
         with _named("--output-dir"):
             output_dir.mkdir(parents=True, exist_ok=True)
-        if markdown is not None:
-            with _named("--markdown"):
-                markdown.touch()
         status = _run(
             composer,
             plan,
@@ -330,7 +349,7 @@ def _named(option: str) -> Iterator[None]:
     try:
         yield
     except (ManifestErrors, WorkloadError, ArtefactError, OSError) as error:
-        raise _bad(option, error) from None
+        raise _bad(option, told(error)) from None
 
 
 def _check(composer: "Composer", plan: "Plan") -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pointsman_cli.extras import needs_extra
+from pointsman_common.files import new_file, readable_file, told
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,15 +25,16 @@ QualityData = Annotated[
     typer.Option(
         help="Scores of your own: CSV prompt,expert,score,output_tokens, or LLMRouter's JSON."
         " [default: the training split of LLMRouter's]",
-        exists=True,
-        dir_okay=False,
+        callback=readable_file,
     ),
 ]
 
 
 @app.command()
 def train(
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, ONNX.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write, ONNX.", callback=new_file)
+    ],
     quality_data: QualityData = None,
     kind: Annotated[
         str,
@@ -79,8 +81,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Judge this trained predictor, instead of fitting all kinds.",
-            exists=True,
-            dir_okay=False,
+            callback=readable_file,
         ),
     ] = None,
     quality_data: Annotated[
@@ -88,8 +89,7 @@ def evaluate(
         typer.Option(
             help="Judge by scores of your own, on prompts that the predictor was not trained on."
             " Without --predictor: the built-in one.",
-            exists=True,
-            dir_okay=False,
+            callback=readable_file,
         ),
     ] = None,
     embeddings: Annotated[
@@ -154,7 +154,7 @@ def _learning() -> Iterator[None]:
         with needs_extra():
             yield
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {told(error)}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pointsman_cli.extras import needs_extra
+from pointsman_common.files import readable, readable_file, told, writable_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,20 +29,31 @@ ACTIONS = 8.5
 
 def train(
     config: Annotated[
-        Path | None, typer.Option(help="YAML with settings that differ from the defaults.")
+        Path | None,
+        typer.Option(
+            help="YAML with settings that differ from the defaults.", callback=readable_file
+        ),
     ] = None,
     experts: Annotated[
-        Path | None, typer.Option(help="Your own manifests, a file or folder.")
+        Path | None,
+        typer.Option(help="Your own manifests, a file or folder.", callback=readable),
     ] = None,
     policy: Annotated[
         str | None, typer.Option(help="Policy in the manifests; default: that of 'auto'.")
     ] = None,
     quality_data: Annotated[
-        Path | None, typer.Option(help="Your own scores: prompt,expert,score,output_tokens (CSV).")
+        Path | None,
+        typer.Option(
+            help="Your own scores: prompt,expert,score,output_tokens (CSV).",
+            callback=readable_file,
+        ),
     ] = None,
     arrivals: Annotated[
         Path | None,
-        typer.Option(help="Your own trace: arrival_seconds,input_tokens,output_tokens (CSV)."),
+        typer.Option(
+            help="Your own trace: arrival_seconds,input_tokens,output_tokens (CSV).",
+            callback=readable_file,
+        ),
     ] = None,
     minutes: Annotated[
         float | None,
@@ -51,7 +63,10 @@ def train(
         int | None, typer.Option(min=1, max=1024, help="Processes; default: one per core.")
     ] = None,
     output: Annotated[
-        Path, typer.Option(help="Folder for labels, checkpoint, curves, model.")
+        Path,
+        typer.Option(
+            help="Folder for labels, checkpoint, curves, model.", callback=writable_folder
+        ),
     ] = Path("training-output"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the output folder.")
@@ -99,7 +114,7 @@ def train(
             )
             result = trainer.run(resume=resume)
     except (ConfigError, CheckpointError, WorkloadError, ManifestErrors, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {told(error)}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print(f"interrupted; the same command with --resume goes on in {output}")

@@ -10,6 +10,7 @@ import numpy as np
 from pointsman_cli.demo.errors import DemoError
 from pointsman_cli.demo.options import WorkloadName
 from pointsman_cli.demo.site import Site, declared_score
+from pointsman_common.files import reason
 from pointsman_core.resources import LLMExpert
 from pointsman_core.workload import (
     DOMAINS,
@@ -83,7 +84,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DemoError(f"{path} cannot be read: {error}") from error
+        raise DemoError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def make_workload(

@@ -15,6 +15,7 @@ import orjson
 import polars as pl
 import yaml
 
+from pointsman_common.files import reason
 from pointsman_core.deciders.han_drl import FORMAT, HanModel
 from pointsman_core.graph import schema_hash
 from pointsman_learning.evaluation.registry import BOUND
@@ -58,7 +59,7 @@ class Evaluation:
             names = [name for name, one in models.items() if one["sha256"] == sha256]
             runs = pl.DataFrame(document["runs"], infer_schema_length=None)
         except OSError as error:
-            raise CardError(f"{file.name}: {error.strerror or error}") from None
+            raise CardError(f"{file.name}: {reason(error)}") from None
         except (ValueError, KeyError, TypeError, AttributeError, pl.exceptions.PolarsError):
             raise CardError(f"{file.name}: is no evaluation.json of pointsman evaluate") from None
         if not names:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pointsman_common.files import reason
 from pointsman_core.workload import WorkloadError
 
 DATA_VARIABLE = "POINTSMAN_DATA"
@@ -179,7 +180,7 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise WorkloadError(f"cannot be read: {error}", source=str(file)) from error
+        raise WorkloadError(f"cannot be read: {reason(error)}", source=str(file)) from error
 
 
 def digest(file: Path) -> str:

@@ -60,9 +60,6 @@ def test_it_trains_and_says_what_it_does(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "none.yaml"], "No such file"),
-        (["--experts", "none"], "none"),
-        (["--quality-data", "none.csv"], "none.csv"),
         (["--resume"], "there is no checkpoint to go on from"),
     ],
 )

@@ -302,22 +302,24 @@ def test_from_a_model_to_its_card(
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere.onnx", "No such file"), ("broken.onnx", "broken.onnx is no ONNX model")],
+    [("nowhere.onnx", "there is no such file"), ("broken.onnx", "broken.onnx is no ONNX model")],
 )
 def test_models_that_cannot_be_read(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no model")
-    result = command(tmp_path / name, "--evaluation", tmp_path / "nowhere.json")
+    result = command(tmp_path / name, "--evaluation", tmp_path / "broken.onnx")
     assert result.exit_code == 2
-    assert "Invalid value for MODEL: " in result.stderr
+    assert "Invalid value for" in result.stderr
+    assert "MODEL" in result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.output
 
 
 def test_evaluations_that_cannot_be_read(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tiny.onnx").write_bytes(content)
-    result = command(tmp_path / "tiny.onnx", "--evaluation", tmp_path / "nowhere.json")
+    (tmp_path / "broken.json").write_text("[")
+    result = command(tmp_path / "tiny.onnx", "--evaluation", tmp_path / "broken.json")
     assert result.exit_code == 2
-    assert "Invalid value for --evaluation: nowhere.json: No such file" in result.stderr
+    assert "Invalid value for --evaluation: broken.json: is no evaluation.json" in result.stderr
     assert command(tmp_path / "tiny.onnx").exit_code == 2
 
 
@@ -328,4 +330,4 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, content: bytes, write:
         *("--output", tmp_path / "nowhere" / "card.md"),
     )
     assert result.exit_code == 2
-    assert "Invalid value for --output: " in result.stderr
+    assert "Invalid value for '--output': " in result.stderr
