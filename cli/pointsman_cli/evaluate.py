@@ -20,6 +20,7 @@ from pointsman_common.files import (
     writable_file,
     writable_folder,
 )
+from pointsman_common.wording import counted, share
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -402,7 +403,8 @@ def _run(
         with _interrupted_by_sigterm():
             _play(composer, plan, models, jobs, errors, runs.append)
     except KeyboardInterrupt:
-        errors.print(f"interrupted: {len(runs)} of {len(plan)} runs were finished")
+        finished = share(len(runs), len(plan), "run", one="was", many="were")
+        errors.print(f"interrupted: {finished} finished")
         status = INTERRUPTED
     except DeciderFailedError as error:
         errors.print(f"error: {error}")
@@ -464,8 +466,8 @@ def _play(
     extra = [model.contender() for model in models]
     pace = Pace.of(plan, requests=composer.requests, jobs=jobs)
     console.print(
-        f"{len(plan)} runs of {composer.requests:,} requests, quality predicted by"
-        f" {composer.predictor_note()}, in {jobs} {'process' if jobs == 1 else 'processes'}:"
+        f"{counted(len(plan), 'run')} of {counted(composer.requests, 'request')}, quality predicted"
+        f" by {composer.predictor_note()}, in {counted(jobs, 'process', 'processes')}:"
         f" about {_duration(pace.left_s + START_S)}"
     )
     columns = (

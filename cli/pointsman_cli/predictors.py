@@ -9,6 +9,7 @@ import typer
 
 from pointsman_cli.extras import needs_extra
 from pointsman_common.files import new_file, readable_file, told
+from pointsman_common.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +71,8 @@ def train(
         content = training.train(corpus, kind=known, embed=embed, seed=seed, metrics=metrics)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(content)
-        typer.echo(f"{output}: {len(content)} bytes, {len(corpus.experts)} experts", err=True)
+        experts = counted(len(corpus.experts), "expert")
+        typer.echo(f"{output}: {len(content):,} bytes, {experts}", err=True)
 
 
 @app.command()

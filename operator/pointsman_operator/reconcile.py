@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 
+from pointsman_common.wording import counted, listed, share
 from pointsman_core.resources import (
     Algorithm,
     ConditionStatus,
@@ -54,7 +55,6 @@ from pointsman_operator.observed import (
     Probe,
     ServerState,
 )
-from pointsman_operator.wording import counted, listed, share
 
 MAX_STORED_BYTES: Final = 1024 * 1024
 """What the API server lets a ConfigMap hold."""

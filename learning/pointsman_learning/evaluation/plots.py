@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from pointsman_common.wording import counted
 from pointsman_core.state import FloatArray
 from pointsman_learning.evaluation.registry import BOUND
 from pointsman_learning.evaluation.results import Results, Row, limit_factor
@@ -225,7 +226,7 @@ def _draw_burst(axes: "Axes", cell: pl.DataFrame, style: Style) -> None:
     first = cell.row(0, named=True)
     axes.set_title(
         f"{first['workload']}, load {first['load']:g}, limits {first['limit']},"
-        f" {first['admission']}: highest peak of each of {windows} windows,"
+        f" {first['admission']}: around the highest peak, mean of {counted(windows, 'window')},"
         f" stretches of {length:.3g} s",
         fontsize=9,
     )

@@ -157,6 +157,18 @@ def test_what_it_is_for(content: bytes, write: Write) -> None:
     assert "### `random:24`, an endpoint lost and one added in each window\n" in wider
 
 
+def test_one_window_and_one_endpoint_are_no_plurals(content: bytes, write: Write) -> None:
+    def one(document: dict[str, Any]) -> None:
+        document["setting"]["endpoints"] = 1
+        for row in document["summary"]:
+            row["windows"], row["overlapping_windows"] = 1, int(row["workload"] == "azure-code")
+
+    card = card_of(content, write(change=one))
+    assert "`, 1 endpoint; workloads" in card
+    assert ": 1 window of 100 requests in each of 4 cells;" in card
+    assert "1 window of azure-code overlaps others: its intervals are too narrow." in card
+
+
 def test_results_against_every_decider(content: bytes, write: Write) -> None:
     card = card_of(content, write())
     lines = card.splitlines()

@@ -155,7 +155,7 @@ def test_own_data(own_files: dict[str, Path], tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert "trace, load 0.5, limits x2.5, Reject" in result.stdout
-    assert "trace: 1 of the windows overlap" in result.stdout
+    assert "trace: 1 of the windows overlaps others" in result.stdout
 
 
 SHIPPED = resources.files("pointsman_core") / "models" / "han_drl.onnx"
