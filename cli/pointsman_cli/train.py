@@ -122,7 +122,7 @@ def train(
     _print(Console(width=110), result)
     if not result.finished:
         console.print(f"time is over; the same command with --resume goes on in {output}")
-    console.print(f"model: {result.model}, model card: {result.card}")
+    console.print(f"model: {result.model}, training report: {result.report}")
 
 
 def _begun_by(arguments: list[str]) -> str:

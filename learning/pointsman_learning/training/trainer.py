@@ -1,9 +1,9 @@
 """A whole training run: labels, warm start, a second round, soft actor-critic, export.
 
 Everything lives in one folder: ``labels-1/``, ``labels-2/``, ``replay/``, ``checkpoint.pt``,
-``curves.csv``, and at the end ``han_drl.onnx`` and ``model_card.json``. A run that was broken
-off goes on from the last finished epoch or round and ends with the same weights: every random
-draw has a stream of its own, named by stage and number, so no generator's state is kept.
+``curves.csv``, and at the end ``han_drl.onnx`` and ``training_report.json``. A run that was
+broken off goes on from the last finished epoch or round and ends with the same weights: every
+random draw has a stream of its own, named by stage and number, so no generator's state is kept.
 """
 
 import csv
@@ -64,7 +64,8 @@ class Result:
     """What came out."""
 
     model: Path
-    card: Path
+    report: Path
+    """Provenance and metrics; ``pointsman model-card`` makes the model's card."""
     rows: tuple[Row, ...]
     estimator: EstimatorReport
     finished: bool
@@ -433,7 +434,7 @@ class Trainer:
             "kept": self._best["at"] or "the untrained network",
             "finished": finished,
         }
-        model, card = self.folder / "han_drl.onnx", self.folder / "model_card.json"
+        model, report = self.folder / "han_drl.onnx", self.folder / "training_report.json"
         model.write_bytes(export(network, provenance=provenance, metrics=metrics))
         content = {
             "model": model.name,
@@ -442,8 +443,8 @@ class Trainer:
             "provenance": provenance,
             "metrics": metrics,
         }
-        card.write_text(json.dumps(content, indent=2) + "\n")
-        return Result(model, card, rows, estimator, finished)
+        report.write_text(json.dumps(content, indent=2) + "\n")
+        return Result(model, report, rows, estimator, finished)
 
 
 def _han_config(config: TrainConfig) -> HanConfig:

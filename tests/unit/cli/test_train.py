@@ -51,7 +51,7 @@ def test_it_trains_and_says_what_it_does(tmp_path):
     assert "about 12 states" in result.stderr
     assert "warm start 1/1: validation" in result.stderr
     assert "poisson 0.9 x1" in result.stdout
-    assert json.loads((output / "model_card.json").read_text())["model"] == "han_drl.onnx"
+    assert json.loads((output / "training_report.json").read_text())["model"] == "han_drl.onnx"
     again = invoke("--config", config, "--output", output, "--jobs", 1)
     assert again.exit_code == 1
     assert "holds a run; resume it, or use another folder" in again.stderr

@@ -49,7 +49,7 @@ def test_a_run_makes_a_model_a_card_and_curves(config, tmp_path):
     events = []
     result = run(config, tmp_path, events=events)
     assert result.finished
-    card = json.loads(result.card.read_text())
+    card = json.loads(result.report.read_text())
     assert card["provenance"]["labels"] > 50
     assert card["provenance"]["finished"] is True
     kept_one = card["provenance"]["kept"] != "the untrained network"
@@ -153,7 +153,7 @@ def test_what_is_worse_than_impact_greedy_is_not_kept(config, tmp_path, monkeypa
         return [replace(row, predicted_gain=lost) for row in compared(*arguments)]
 
     monkeypatch.setattr(Validation, "rows", worse)
-    told = json.loads(run(config, tmp_path).card.read_text())["provenance"]
+    told = json.loads(run(config, tmp_path).report.read_text())["provenance"]
     assert told["trained"] is False
     assert told["kept"] == "the untrained network"
 
@@ -201,5 +201,5 @@ def test_wrong_settings_are_named(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: there is no such file"):
         TrainConfig.load(tmp_path / "none.yaml")
