@@ -1,1 +1,1 @@
-"""What the processes round the core have in common: their logs, and files named to them."""
+"""What the processes round the core have in common: logs, words, and files."""

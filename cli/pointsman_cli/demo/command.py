@@ -10,6 +10,7 @@ import typer
 from pointsman_cli.deciders import parse_deciders
 from pointsman_cli.demo.options import MAX_LIMIT_MS, TELLING_DECIDERS, DemoOptions, WorkloadName
 from pointsman_cli.extras import needs_extra
+from pointsman_common.data_folder import checkout
 from pointsman_common.files import readable, told, writable_folder
 
 if TYPE_CHECKING:
@@ -77,8 +78,6 @@ def demo(
     """Run each decider in turn against a site of simulated engines, through a real Envoy."""
     from rich.console import Console
 
-    from pointsman_cli.demo.data import repository_root
-
     chosen = parse_deciders(deciders, none_allowed=True)
     if compare:
         if not chosen:
@@ -89,7 +88,7 @@ def demo(
         seconds=seconds,
         rate=rate,
         deciders=chosen,
-        manifests=manifests or repository_root() / "examples" / "edge-site",
+        manifests=manifests or checkout() / "examples" / "edge-site",
         output_dir=output_dir,
         workload=workload,
         limit_ms=limit_ms,

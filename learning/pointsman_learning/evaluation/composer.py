@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pointsman_common.data_folder import TEST_SCORES, TRACES
 from pointsman_core.prediction import DeclaredPriors
 from pointsman_core.predictors import Artefact, builtin_artefact, model_key
 from pointsman_core.snapshot import Snapshot
@@ -33,7 +34,6 @@ from pointsman_learning.workloads import (
     user_corpus,
 )
 from pointsman_learning.workloads.arrivals import arrival_process
-from pointsman_learning.workloads.folder import TEST_SCORES, TRACES
 from pointsman_learning.workloads.pools import names_of
 
 PRIORS = "priors"

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import ConfigDict
 
+from pointsman_common.data_folder import TEST_SCORES, TRACES
 from pointsman_core.resources import Admission
 from pointsman_core.state import FloatArray
 from pointsman_learning.simulator.scenario import Scenario
@@ -29,7 +30,6 @@ from pointsman_learning.workloads import (
     user_arrivals,
     user_corpus,
 )
-from pointsman_learning.workloads.folder import TEST_SCORES, TRACES
 
 LEARNED, DECLARED, NOISY = "learned", "declared", "noisy"
 """Predicted quality: out of fold, declared priors, or out of fold drawn towards its mean."""

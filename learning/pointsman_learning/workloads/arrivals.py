@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pointsman_common.data_folder import TRACES
 from pointsman_core.state import FloatArray, IntArray
 from pointsman_core.workload import (
     INPUT_TOKENS,
@@ -22,7 +23,7 @@ from pointsman_core.workload import (
     parse_arrivals,
 )
 from pointsman_learning.workloads.corpus import Split, check_split
-from pointsman_learning.workloads.folder import TRACES, DataFolder, read_text
+from pointsman_learning.workloads.folder import DataFolder, read_text
 
 
 class Process(StrEnum):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pointsman_common.data_folder import TEST_SCORES
 from pointsman_core.prediction import DeclaredPriors
 from pointsman_core.resources import Admission, Algorithm
 from pointsman_core.snapshot import Snapshot
@@ -29,7 +30,7 @@ from pointsman_learning.workloads.arrivals import (
     arrival_process,
 )
 from pointsman_learning.workloads.corpus import SPLITS, Corpus, Split, check_split, load_corpus
-from pointsman_learning.workloads.folder import TEST_SCORES, DataFolder
+from pointsman_learning.workloads.folder import DataFolder
 from pointsman_learning.workloads.pools import (
     Pool,
     capacity,
