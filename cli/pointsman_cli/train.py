@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ import typer
 
 from pointsman_cli.extras import needs_extra
 from pointsman_common.files import readable, readable_file, told, writable_folder
+from pointsman_common.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,18 +103,21 @@ def train(
     try:
         settings = _settings(config, own, device)
         workers = jobs or _cores()
-        _announce(console, settings, workers, minutes, output)
-        with _Shown(console) as shown:
-            trainer = Trainer(
-                settings,
-                output,
-                jobs=workers,
-                ray=ray,
-                minutes=minutes,
-                command=_begun_by(sys.argv[1:]),
-                report=shown.event,
-            )
-            result = trainer.run(resume=resume)
+        shown = _Shown(console)
+        trainer = Trainer(
+            settings,
+            output,
+            jobs=workers,
+            ray=ray,
+            minutes=minutes,
+            command=_begun_by(sys.argv[1:]),
+            report=shown.event,
+        )
+        trainer.prepare(resume=resume)
+        stages = _stages(settings, workers, output)
+        _announce(console, stages, minutes, output)
+        with shown.of(stages):
+            result = trainer.run()
     except (ConfigError, CheckpointError, WorkloadError, ManifestErrors, OSError) as error:
         typer.echo(f"error: {told(error)}", err=True)
         raise typer.Exit(1) from None
@@ -155,23 +160,41 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _announce(
-    console: "Console", config: "TrainConfig", jobs: int, minutes: float | None, output: Path
-) -> None:
-    labels, rollouts = config.labels, config.labels.rollouts
-    there = len(list((output / "labels-1").glob("*.npz")))
-    states = max(labels.shards - there, 0) * rollouts.trunks * rollouts.states_per_scenario
-    seconds = states * ACTIONS / LABELS_PER_SECOND / jobs * rollouts.horizon / 90
-    console.print(
-        f"1. about {states:,} states with {states * ACTIONS:,.0f} labels by {jobs}"
-        f" {'process' if jobs == 1 else 'processes'}: roughly {math.ceil(seconds / 60)} min"
-        + (f"; {there} shards are there" if there else "")
-    )
-    console.print(f"2. up to {config.warm.epochs} epochs of regression on them")
+def _stages(config: "TrainConfig", jobs: int, output: Path) -> dict[str, str]:
+    """What the run will do, by stage, in order."""
+    from pointsman_learning.training.trainer import AGAIN, LABELS, SAC, WARM
+
+    labels = config.labels
+    plan = {LABELS: _labels_to_make(config, jobs, output)}
+    if config.warm.epochs:
+        plan[WARM] = f"up to {counted(config.warm.epochs, 'epoch')} of regression on them"
     if labels.second_round:
-        console.print(f"3. {labels.second_round} shards more with the learned policy as the base")
+        shards = counted(labels.second_round, "shard")
+        plan[AGAIN] = f"{shards} more with the learned policy as the base, and epochs on them"
     if config.sac.rounds:
-        console.print(f"4. up to {config.sac.rounds} rounds of soft actor-critic")
+        plan[SAC] = f"up to {counted(config.sac.rounds, 'round')}"
+    return plan
+
+
+def _labels_to_make(config: "TrainConfig", jobs: int, output: Path) -> str:
+    labels, rollouts = config.labels, config.labels.rollouts
+    there = min(len(list((output / "labels-1").glob("*.npz"))), labels.shards)
+    if there == labels.shards:
+        return f"all {counted(there, 'shard')} there"
+    states = (labels.shards - there) * rollouts.trunks * rollouts.states_per_scenario
+    seconds = states * ACTIONS / LABELS_PER_SECOND / jobs * rollouts.horizon / 90
+    return (
+        f"about {counted(states, 'state')} with {states * ACTIONS:,.0f} labels by"
+        f" {counted(jobs, 'process', 'processes')}: roughly {math.ceil(seconds / 60)} min"
+        + (f"; {there} of {counted(labels.shards, 'shard')} there" if there else "")
+    )
+
+
+def _announce(
+    console: "Console", stages: dict[str, str], minutes: float | None, output: Path
+) -> None:
+    for number, (stage, text) in enumerate(stages.items(), 1):
+        console.print(f"{number}/{len(stages)} {stage}: {text}")
     if minutes is not None:
         console.print(f"It stops after about {minutes:g} min, labels after half of that at most.")
     console.print(f"Everything is kept in {output}; break it off and resume as you like.")
@@ -182,6 +205,8 @@ class _Shown:
 
     def __init__(self, console: "Console") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._stages: list[str] = []
 
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -194,6 +219,11 @@ class _Shown:
         self._bar = self._progress.add_task("labels", total=None, text="", visible=False)
         self._started = time.monotonic()
 
+    def of(self, stages: Iterable[str]) -> "_Shown":
+        """Say which stages there will be."""
+        self._stages = list(stages)
+        return self
+
     def __enter__(self) -> "_Shown":
         self._progress.start()
         return self
@@ -202,18 +232,24 @@ class _Shown:
         self._progress.stop()
 
     def event(self, event: "Event") -> None:
+        from pointsman_learning.training.trainer import LABELS, SAC, WARM
+
+        labels = event.stage == LABELS
+        stage = event.stage if event.during in ("", WARM) else event.during
+        unit = "shard" if labels else "round" if stage == SAC else "epoch"
+        own = "" if stage == event.stage else f", {event.stage}"
+        title = f"{self._stages.index(stage) + 1}/{len(self._stages)} {stage}{own}, {unit}"
         self._progress.update(
             self._bar,
-            description=event.stage,
+            description=title,
             completed=event.done,
             total=event.total,
-            text=event.text if event.stage == "labels" else "",
+            text=event.text if labels else "",
             visible=True,
         )
-        last = event.done == event.total
-        if event.stage != "labels" or last:
+        if not labels or event.done == event.total:
             minutes = (time.monotonic() - self._started) / 60
-            line = f"{minutes:5.1f} min  {event.stage} {event.done}/{event.total}: {event.text}"
+            line = f"{minutes:5.1f} min  {title} {event.done}/{event.total}: {event.text}"
             self._progress.console.print(line)
 
 

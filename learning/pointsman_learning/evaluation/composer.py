@@ -58,7 +58,7 @@ class Composer:
     policy: str | None = None
     """Name of the policy in the manifests."""
     quality_data: Path | None = None
-    """A quality table of one's own; all its prompts are asked."""
+    """A quality table of one's own; of the test split all its prompts are asked."""
     arrivals: Path | None = None
     """A trace of one's own."""
     base_limits_ms: tuple[float, ...] | None = None
@@ -68,6 +68,11 @@ class Composer:
     drawn: DrawnPools | None = None
     """Random pools in place of the site, one for each seed; its experts are what they draw."""
     split: Split = "test"
+
+    @property
+    def own_part(self) -> Split | None:
+        """Which part of one's own data; None, all of it, to be evaluated."""
+        return None if self.split == "test" else self.split
 
     def __call__(self, window: Window) -> Scenario:
         """Make the scenario.
@@ -184,7 +189,7 @@ def _pool(composer: Composer) -> Snapshot:
 @lru_cache(maxsize=2)
 def _corpus(composer: Composer) -> Corpus:
     if composer.quality_data is not None:
-        corpus = user_corpus(composer.quality_data)
+        corpus = user_corpus(composer.quality_data, composer.own_part)
     else:
         pool = Pool(snapshot=composer.pool(), blends={}, name="")
         corpus = default_corpus(composer.split, pool)
@@ -200,7 +205,7 @@ def _columns(snapshot: Snapshot, corpus: Corpus) -> list[int]:
 @lru_cache(maxsize=16)
 def _process(composer: Composer, workload: str) -> ArrivalProcess:
     if composer.arrivals is not None and workload == workload_name(composer.arrivals):
-        return user_arrivals(composer.arrivals)
+        return user_arrivals(composer.arrivals, composer.own_part)
     return arrival_process(workload, split=composer.split)
 
 
