@@ -39,6 +39,8 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it."""
 TABLE_WIDTH = 100
 """Columns of the tables where the output is no terminal."""
+AS_RECORDED = "as-recorded"
+"""As a load: a trace's own times."""
 START_S = 6.0
 """Rough time until all processes are ready, for the first estimate only."""
 
@@ -54,7 +56,11 @@ def evaluate(
         ),
     ] = None,
     loads: Annotated[
-        str, typer.Option(help="Comma-separated shares of the site's estimated capacity.")
+        str,
+        typer.Option(
+            help="Comma-separated shares of the site's estimated capacity; or as-recorded, to"
+            " replay a trace at its own times."
+        ),
     ] = "0.5,0.9",
     limits: Annotated[
         str,
@@ -239,8 +245,13 @@ def _workloads(text: str | None, arrivals: Path | None) -> list[str]:
     return _choose(text, "--workloads", {process.value: process.value for process in Process})
 
 
-def _loads(text: str) -> list[float]:
-    return _numbers(text, "--loads", most=100)
+def _loads(text: str) -> list[float | None]:
+    items = [item.casefold() for item in _items(text, "--loads")]
+    if AS_RECORDED not in items:
+        return [*_numbers(text, "--loads", most=100)]
+    if len(items) > 1:
+        raise _bad("--loads", f"{AS_RECORDED} stands alone: other loads stretch the same trace")
+    return [None]
 
 
 def _numbers(text: str, option: str, *, most: float) -> list[float]:
@@ -364,6 +375,10 @@ def _check(composer: "Composer", plan: "Plan") -> None:
     for workload in plan.workloads:
         with _named("--workloads" if composer.arrivals is None else "--arrivals"):
             disjoint = composer.disjoint_windows(workload)
+        if plan.as_recorded and composer.process(workload).trace is None:
+            raise _bad(
+                "--loads", f"{workload} has no times of its own to be replayed {AS_RECORDED}"
+            )
         if disjoint == 0:
             raise _bad("--requests", f"{workload} has fewer than {composer.requests} requests")
     with _named("scenario"):
@@ -410,7 +425,7 @@ def _run(
         errors.print(f"error: {error}")
         return 1
     if runs:
-        results = collect(runs, plan, setting=_setting(composer, models))
+        results = collect(runs, plan, setting=_setting(composer, plan, models))
         summary = _summary(results, composer, reference)
         _publish(results, summary, output_dir, tables, as_json=as_json)
         if markdown is not None:
@@ -420,8 +435,12 @@ def _run(
     return status
 
 
-def _setting(composer: "Composer", models: "Sequence[TrainedModel]") -> dict[str, Any]:
+def _setting(
+    composer: "Composer", plan: "Plan", models: "Sequence[TrainedModel]"
+) -> dict[str, Any]:
     setting = dict(composer.setting())
+    if plan.as_recorded:
+        setting["as_recorded"] = True
     if models:
         setting["models"] = {one.decider: dict(one.setting()) for one in models}
     return setting

@@ -39,7 +39,10 @@ def draw_all(results: Results, summary: Sequence[Row], folder: Path) -> list[Pat
     mpl.use("Agg")
     style = Style([str(row["decider"]) for row in summary])
     figures: dict[str, Figure | None] = {
-        "qos-by-load": _by_number(summary, style, over="load"),
+        # Loads as recorded are one for each workload, and no curve.
+        "qos-by-load": None
+        if results.setting.get("as_recorded")
+        else _by_number(summary, style, over="load"),
         "qos-by-limit": _by_number(summary, style, over="limit"),
         "burst": _burst(results.timeline, style),
         # Pools that are drawn anew have no experts in common.

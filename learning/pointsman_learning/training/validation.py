@@ -41,9 +41,9 @@ class ValidationOptions:
 
     def cells(self) -> Iterator[tuple[str, float, str, bool]]:
         """Kinds of windows, those of one admission after the other: each keeps its windows."""
-        for rejects, *cell in product(self.reject, self.workloads, self.loads, self.limits):
-            workload, load, limit = cell
-            yield workload, load, limit, rejects
+        for rejects in self.reject:
+            for cell in product(self.workloads, self.loads, self.limits):
+                yield (*cell, rejects)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -42,6 +42,8 @@ def said(result: Result) -> str:
         (["--workloads", "posson"], "--workloads: posson: choose from poisson, on-off"),
         (["--workloads", "azure-conv"], "--workloads: "),
         (["--loads", "0.5,zero"], "--loads: zero: must be a number above 0"),
+        (["--loads", "as-recorded,0.5"], "--loads: as-recorded stands alone"),
+        (["--loads", "As-Recorded"], "--loads: poisson has no times of its own to be replayed"),
         (["--loads", "-1"], "--loads: -1: must be a number above 0"),
         (["--base-limits", "50,fast"], "--base-limits: fast: must be a number above 0"),
         (["--limits", "loose"], "--limits: must be one of x1"),
@@ -156,6 +158,41 @@ def test_own_data(own_files: dict[str, Path], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "trace, load 0.5, limits x2.5, Reject" in result.stdout
     assert "trace: 1 of the windows overlaps others" in result.stdout
+
+
+def test_own_arrivals_as_they_were_recorded(own_files: dict[str, Path], tmp_path: Path) -> None:
+    """One request each half second, then twice that: each window has a load of its own."""
+    rows = [f"{n * 0.5 if n < 100 else 25 + n * 0.25},100,20" for n in range(200)]
+    header = "arrival_seconds,input_tokens,output_tokens"
+    own_files["trace.csv"].write_text("\n".join([header, *rows]))
+    result = evaluate(
+        *("--experts", own_files["site.yaml"], "--quality-data", own_files["scores.csv"]),
+        *("--arrivals", own_files["trace.csv"], "--predictor", "priors", "--jobs", 1, "--json"),
+        *("--deciders", "RoundRobin,Random", "--requests", 100, "--seeds", 2),
+        *("--loads", "as-recorded", "--output-dir", tmp_path / "out"),
+    )
+    assert result.exit_code == 0, result.output
+    document = orjson.loads(result.stdout)
+    assert document["setting"]["as_recorded"] is True
+    first, second = (
+        next(run for run in document["runs"] if run["seed"] == seed) for seed in (0, 1)
+    )
+    assert second["window_load"] == pytest.approx(2 * first["window_load"], rel=0.02)
+    mean = (first["window_load"] + second["window_load"]) / 2
+    assert {run["load"] for run in document["runs"]} == {round(mean, 3)}
+    assert {row["load"] for row in document["summary"]} == {round(mean, 3)}
+    assert {row["windows"] for row in document["summary"]} == {2}
+    assert f"trace, load {round(mean, 3):g}, limits x1, Reject" in result.stderr
+    told = " ".join(result.stderr.split())
+    low, high = first["window_load"], second["window_load"]
+    assert (
+        f"as recorded its load is {round(mean, 3):g}, its windows {low:.3g} to {high:.3g}" in told
+    )
+    assert "time-scaled" not in told
+    timeline = pl.read_parquet(tmp_path / "out" / "timeline.parquet")
+    ends = timeline.group_by("seed").agg(pl.col("end_s").max()).sort("seed")["end_s"].to_list()
+    assert ends == pytest.approx([49.5, 24.75])
+    assert not (tmp_path / "out" / "qos-by-load.png").exists()
 
 
 SHIPPED = resources.files("pointsman_core") / "models" / "han_drl.onnx"
