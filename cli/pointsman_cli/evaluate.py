@@ -4,7 +4,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
         DrawnPools,
         Plan,
         Results,
-        Run,
         TrainedModel,
     )
+    from pointsman_learning.evaluation.journal import Journal
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it."""
@@ -150,6 +150,12 @@ def evaluate(
             help="Also write the overview, in Markdown, to this file.", callback=writable_file
         ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with an evaluation that was broken off in the output folder."
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print runs and summary as JSON on standard output.")
     ] = False,
@@ -194,11 +200,13 @@ def evaluate(
         _check(composer, plan)
         with _named("--output-dir"):
             output_dir.mkdir(parents=True, exist_ok=True)
+        journal = _journal(output_dir, _kept_setting(composer, plan, models), resume=resume)
         status = _run(
             composer,
             plan,
             models=models,
             reference=reference,
+            journal=journal,
             output_dir=output_dir,
             markdown=markdown,
             as_json=as_json,
@@ -400,6 +408,7 @@ def _run(
     *,
     models: "Sequence[TrainedModel]",
     reference: str,
+    journal: "Journal",
     output_dir: Path,
     markdown: Path | None,
     as_json: bool,
@@ -412,14 +421,13 @@ def _run(
 
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     tables = _table_console(stderr=as_json)
-    runs: list[Run] = []
-    status = 0
+    runs, status = journal.runs, 0
     try:
-        with _interrupted_by_sigterm():
-            _play(composer, plan, models, jobs, errors, runs.append)
+        with journal, _interrupted_by_sigterm():
+            _play(composer, plan, models, jobs, errors, journal)
     except KeyboardInterrupt:
         finished = share(len(runs), len(plan), "run", one="was", many="were")
-        errors.print(f"interrupted: {finished} finished")
+        errors.print(f"interrupted: {finished} finished; the same command with --resume goes on")
         status = INTERRUPTED
     except DeciderFailedError as error:
         errors.print(f"error: {error}")
@@ -432,7 +440,51 @@ def _run(
             text = as_markdown(summary, descriptions=results.notes)
             markdown.write_text(text, encoding="utf-8")
         errors.print(f"tables and plots: {output_dir}")
+    if len(runs) == len(plan):
+        journal.complete()
     return status
+
+
+def _journal(output_dir: Path, setting: dict[str, Any], *, resume: bool) -> "Journal":
+    from pointsman_learning.evaluation.journal import FILE, Journal, JournalError
+
+    if not resume and (output_dir / FILE).exists():
+        typer.echo(f"note: what was broken off in {output_dir} begins anew", err=True)
+    try:
+        with _named("--output-dir"):
+            return (Journal.resume if resume else Journal.begin)(output_dir, setting)
+    except JournalError as error:
+        raise _bad("--resume", error) from None
+
+
+def _kept_setting(
+    composer: "Composer", plan: "Plan", models: "Sequence[TrainedModel]"
+) -> dict[str, Any]:
+    """All that the runs depend on: what goes on must have the same."""
+    from importlib.metadata import version
+
+    from pointsman_core.deciders.han_drl import shipped_model
+    from pointsman_learning.workloads.folder import digest
+
+    own = {
+        "--quality-data": composer.quality_data,
+        "--arrivals": composer.arrivals,
+        "--predictor": composer.predictor_file,
+    }
+    return {
+        **_setting(composer, plan, models),
+        "workloads": list(plan.workloads),
+        "loads": [AS_RECORDED if load is None else load for load in plan.loads],
+        "limits": list(plan.limits),
+        "admissions": [admission.value for admission in plan.admissions],
+        "deciders": list(plan.deciders),
+        "seeds": len(plan.seeds),
+        "sizes": {name: composer.process(name).sizes.source for name in plan.workloads},
+        "site's content": composer.pool().version,
+        "content of files": {name: digest(file) for name, file in own.items() if file is not None},
+        "release": version("pointsman"),
+        "shipped model": shipped_model().sha256,
+    }
 
 
 def _setting(
@@ -473,9 +525,9 @@ def _play(
     models: "Sequence[TrainedModel]",
     jobs: int,
     console: "Console",
-    keep: "Callable[[Run], None]",
+    journal: "Journal",
 ) -> None:
-    """Run the plan under a progress bar."""
+    """Run what is left of the plan under a progress bar."""
     from contextlib import closing
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -484,6 +536,12 @@ def _play(
 
     extra = [model.contender() for model in models]
     pace = Pace.of(plan, requests=composer.requests, jobs=jobs)
+    finished = {run.task for run in journal.runs}
+    for run in journal.runs:
+        pace.done(run)
+    left = [task for task in plan.tasks() if task not in finished]
+    if finished:
+        console.print(f"{share(len(finished), len(plan), 'run')} finished already")
     console.print(
         f"{counted(len(plan), 'run')} of {counted(composer.requests, 'request')}, quality predicted"
         f" by {composer.predictor_note()}, in {counted(jobs, 'process', 'processes')}:"
@@ -497,11 +555,11 @@ def _play(
     )
     with (
         Progress(*columns, console=console, transient=True) as progress,
-        closing(run_all(plan.tasks(), composer, jobs=jobs, extra=extra)) as results,
+        closing(run_all(left, composer, jobs=jobs, extra=extra)) as results,
     ):
-        bar = progress.add_task("runs", total=len(plan), left="")
+        bar = progress.add_task("runs", total=len(plan), completed=len(finished), left="")
         for run in results:
-            keep(run)
+            journal.add(run)
             pace.done(run)
             progress.update(bar, advance=1, left=f"{_duration(pace.left_s)} left")
 

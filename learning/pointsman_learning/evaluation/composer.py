@@ -126,6 +126,11 @@ class Composer:
         """
         return None if self.predictor == PRIORS else _said(self)
 
+    @property
+    def predictor_file(self) -> Path | None:
+        """The predictor's, where it is one's own."""
+        return None if self.predictor in (PRIORS, BUILTIN) else Path(self.predictor)
+
     def predictor_note(self) -> str:
         """Predictor's name, and how many of the site's experts it knows."""
         said = self.said()

@@ -14,7 +14,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pointsman_cli.main import app
-from pointsman_learning.evaluation import contenders
+from pointsman_learning.evaluation import Run, contenders
+from pointsman_learning.evaluation.journal import FILE, Journal
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +194,44 @@ def test_own_arrivals_as_they_were_recorded(own_files: dict[str, Path], tmp_path
     ends = timeline.group_by("seed").agg(pl.col("end_s").max()).sort("seed")["end_s"].to_list()
     assert ends == pytest.approx([49.5, 24.75])
     assert not (tmp_path / "out" / "qos-by-load.png").exists()
+
+
+def test_a_killed_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [
+        *("--workloads", "poisson", "--requests", 30, "--seeds", 3, "--loads", "0.5,0.9"),
+        *("--deciders", "Random,RoundRobin", "--jobs", 1, "--json"),
+    ]
+    whole = evaluate(*options, "--output-dir", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    assert not list((tmp_path / "whole").glob("*.jsonl"))
+    added, count = Journal.add, 0
+
+    def killed(journal: Journal, run: Run) -> None:
+        nonlocal count
+        count += 1
+        if count > 5:
+            raise KeyboardInterrupt
+        added(journal, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", killed)
+        broken = evaluate(*options, "--output-dir", tmp_path / "broken")
+    assert broken.exit_code == 130
+    assert "5 of 12 runs were finished; the same command with --resume goes on" in broken.stderr
+    other = evaluate(*options, "--base-limits", "60", "--output-dir", "broken", "--resume")
+    assert other.exit_code == 2
+    assert "--resume: the evaluation in broken had other settings: base_limits_ms:" in said(other)
+    resumed = evaluate(*options, "--output-dir", tmp_path / "broken", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "5 of 12 runs are finished already" in resumed.stderr
+    assert resumed.stdout == whole.stdout
+    (tmp_path / "broken" / FILE).write_text("of another evaluation")
+    anew = evaluate(*options, "--output-dir", "broken")
+    assert anew.stdout == whole.stdout
+    assert "note: what was broken off in broken begins anew" in anew.stderr
+    again = evaluate(*options, "--output-dir", tmp_path / "broken", "--resume")
+    assert again.exit_code == 2
+    assert "holds no evaluation that was broken off" in said(again)
 
 
 SHIPPED = resources.files("pointsman_core") / "models" / "han_drl.onnx"
