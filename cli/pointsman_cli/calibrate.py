@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pointsman_cli.extras import needs_extra
+from pointsman_common.files import readable_file, reason, told, writable_file
 
 if TYPE_CHECKING:
     from pointsman_learning.calibration.check import Comparison
@@ -24,7 +25,10 @@ app = typer.Typer(
 _Url = Annotated[str, typer.Argument(metavar="URL", help="For example http://10.0.0.1:8000.")]
 _Model = Annotated[str, typer.Option(help="Name under which the engine serves the model.")]
 _Json = Annotated[bool, typer.Option("--json", help="The whole report, as JSON, instead.")]
-_Csv = Annotated[Path | None, typer.Option(help="Write the measured iterations to this file.")]
+_Csv = Annotated[
+    Path | None,
+    typer.Option(help="Write the measured iterations to this file.", callback=writable_file),
+]
 _Seed = Annotated[int, typer.Option(help="Start of all that is drawn.")]
 _Concurrency = Annotated[
     int, typer.Option(min=1, max=65_536, help="Requests that the engine serves in one batch.")
@@ -118,7 +122,10 @@ def prometheus(
 
 @app.command()
 def file(
-    measurements: Annotated[Path, typer.Argument(metavar="CSV", help="Measured iterations.")],
+    measurements: Annotated[
+        Path,
+        typer.Argument(metavar="CSV", help="Measured iterations.", callback=readable_file),
+    ],
     *,
     concurrency: _Concurrency = 32,
     context_tokens: Annotated[int, _Found(**_CONTEXT)] = 8192,
@@ -130,7 +137,7 @@ def file(
     with _expected_errors():
         from pointsman_learning.calibration.design import EngineLimits
         from pointsman_learning.calibration.fit import fit
-        from pointsman_learning.calibration.measurements import read_csv
+        from pointsman_learning.calibration.measurements import CalibrationError, read_csv
 
         limits = EngineLimits(
             context_tokens=context_tokens,
@@ -138,7 +145,11 @@ def file(
             kv_capacity_tokens=kv_tokens,
             max_batched_tokens=max_batched_tokens,
         )
-        rows = read_csv(measurements.read_text("utf-8"), source=str(measurements))
+        try:
+            text = measurements.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise CalibrationError(f"{measurements}: {reason(error)}") from None
+        rows = read_csv(text, source=str(measurements))
         _finish(fit(rows), limits, rows, None, None, as_json=as_json)
 
 
@@ -172,8 +183,8 @@ def _expected_errors() -> Iterator[None]:
 
         try:
             yield
-        except (CalibrationError, OSError, UnicodeDecodeError) as error:
-            typer.echo(f"calibrate: {error}", err=True)
+        except (CalibrationError, OSError) as error:
+            typer.echo(f"calibrate: {told(error)}", err=True)
             raise typer.Exit(1) from error
 
 

@@ -1,5 +1,6 @@
 """`pointsman data fetch` and `pointsman data show`: the public data of the laboratory."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pointsman_cli.extras import needs_extra
+from pointsman_common.data_folder import DATA_VARIABLE, TRACES, user_folder
+from pointsman_common.files import writable_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +35,7 @@ def fetch(
             "--to",
             metavar="DIR",
             help="Data folder. [default: $POINTSMAN_DATA, else ~/.local/share/pointsman]",
-            file_okay=False,
+            callback=writable_folder,
         ),
     ] = None,
 ) -> None:
@@ -76,10 +79,6 @@ def _show_bytes(progress: "Progress", task: "TaskID", done: int) -> None:
 
 
 def _default_folder() -> Path:
-    import os
-
-    from pointsman_learning.workloads.folder import DATA_VARIABLE, user_folder
-
     named = os.environ.get(DATA_VARIABLE)
     return Path(named) if named else user_folder()
 
@@ -195,7 +194,6 @@ def _splits(folder: "DataFolder", files: list[dict[str, Any]]) -> list[dict[str,
     """Requests or prompts in each split of what is there."""
     from pointsman_learning.workloads.arrivals import arrival_process
     from pointsman_learning.workloads.corpus import SPLITS, load_corpus
-    from pointsman_learning.workloads.folder import TRACES
 
     there = {file["path"] for file in files if file["state"] == "pinned"}
     found: list[dict[str, Any]] = []

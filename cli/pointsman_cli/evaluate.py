@@ -4,7 +4,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from pointsman_cli.extras import needs_extra
+from pointsman_common.files import (
+    must_be_readable,
+    readable,
+    readable_file,
+    told,
+    writable_file,
+    writable_folder,
+)
+from pointsman_common.wording import counted, share
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,14 +31,16 @@ if TYPE_CHECKING:
         DrawnPools,
         Plan,
         Results,
-        Run,
         TrainedModel,
     )
+    from pointsman_learning.evaluation.journal import Journal
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it."""
 TABLE_WIDTH = 100
 """Columns of the tables where the output is no terminal."""
+AS_RECORDED = "as-recorded"
+"""As a load: a trace's own times."""
 START_S = 6.0
 """Rough time until all processes are ready, for the first estimate only."""
 
@@ -45,7 +56,11 @@ def evaluate(
         ),
     ] = None,
     loads: Annotated[
-        str, typer.Option(help="Comma-separated shares of the site's estimated capacity.")
+        str,
+        typer.Option(
+            help="Comma-separated shares of the site's estimated capacity; or as-recorded, to"
+            " replay a trace at its own times."
+        ),
     ] = "0.5,0.9",
     limits: Annotated[
         str,
@@ -86,15 +101,24 @@ def evaluate(
     ] = "best",
     quality_data: Annotated[
         Path | None,
-        typer.Option(help="Your own scores: prompt,expert,score,output_tokens (CSV)."),
+        typer.Option(
+            help="Your own scores: prompt,expert,score,output_tokens (CSV).",
+            callback=readable_file,
+        ),
     ] = None,
     arrivals: Annotated[
         Path | None,
-        typer.Option(help="Your own trace: arrival_seconds,input_tokens,output_tokens (CSV)."),
+        typer.Option(
+            help="Your own trace: arrival_seconds,input_tokens,output_tokens (CSV).",
+            callback=readable_file,
+        ),
     ] = None,
     experts: Annotated[
         Path | None,
-        typer.Option(help="Your own manifests, a file or folder; default: examples/edge-site."),
+        typer.Option(
+            help="Your own manifests, a file or folder; default: examples/edge-site.",
+            callback=readable,
+        ),
     ] = None,
     policy: Annotated[
         str | None, typer.Option(help="Policy in the manifests; default: that of 'auto'.")
@@ -117,12 +141,21 @@ def evaluate(
             " Default name: the file's, without its ending.",
         ),
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where tables and plots go.")] = Path(
-        "evaluation-output"
-    ),
+    output_dir: Annotated[
+        Path, typer.Option(help="Where tables and plots go.", callback=writable_folder)
+    ] = Path("evaluation-output"),
     markdown: Annotated[
-        Path | None, typer.Option(help="Also write the overview, in Markdown, to this file.")
+        Path | None,
+        typer.Option(
+            help="Also write the overview, in Markdown, to this file.", callback=writable_file
+        ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with an evaluation that was broken off in the output folder."
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print runs and summary as JSON on standard output.")
     ] = False,
@@ -135,8 +168,10 @@ def evaluate(
     All deciders meet the very same requests. Differences have paired bootstrap intervals.
     """
     with needs_extra():
-        from pointsman_learning.evaluation import Composer, Plan, registered
+        from pointsman_learning.evaluation import BUILTIN, PRIORS, Composer, Plan, registered
 
+    if predictor not in (None, BUILTIN, PRIORS):
+        must_be_readable(Path(predictor), option="--predictor")
     if policy is not None and experts is None:
         raise _bad("--policy", "names a policy in the manifests of --experts, which are not given")
     composer = Composer(
@@ -165,14 +200,13 @@ def evaluate(
         _check(composer, plan)
         with _named("--output-dir"):
             output_dir.mkdir(parents=True, exist_ok=True)
-        if markdown is not None:
-            with _named("--markdown"):
-                markdown.touch()
+        journal = _journal(output_dir, _kept_setting(composer, plan, models), resume=resume)
         status = _run(
             composer,
             plan,
             models=models,
             reference=reference,
+            journal=journal,
             output_dir=output_dir,
             markdown=markdown,
             as_json=as_json,
@@ -219,8 +253,13 @@ def _workloads(text: str | None, arrivals: Path | None) -> list[str]:
     return _choose(text, "--workloads", {process.value: process.value for process in Process})
 
 
-def _loads(text: str) -> list[float]:
-    return _numbers(text, "--loads", most=100)
+def _loads(text: str) -> list[float | None]:
+    items = [item.casefold() for item in _items(text, "--loads")]
+    if AS_RECORDED not in items:
+        return [*_numbers(text, "--loads", most=100)]
+    if len(items) > 1:
+        raise _bad("--loads", f"{AS_RECORDED} stands alone: other loads stretch the same trace")
+    return [None]
 
 
 def _numbers(text: str, option: str, *, most: float) -> list[float]:
@@ -330,7 +369,7 @@ def _named(option: str) -> Iterator[None]:
     try:
         yield
     except (ManifestErrors, WorkloadError, ArtefactError, OSError) as error:
-        raise _bad(option, error) from None
+        raise _bad(option, told(error)) from None
 
 
 def _check(composer: "Composer", plan: "Plan") -> None:
@@ -344,6 +383,10 @@ def _check(composer: "Composer", plan: "Plan") -> None:
     for workload in plan.workloads:
         with _named("--workloads" if composer.arrivals is None else "--arrivals"):
             disjoint = composer.disjoint_windows(workload)
+        if plan.as_recorded and composer.process(workload).trace is None:
+            raise _bad(
+                "--loads", f"{workload} has no times of its own to be replayed {AS_RECORDED}"
+            )
         if disjoint == 0:
             raise _bad("--requests", f"{workload} has fewer than {composer.requests} requests")
     with _named("scenario"):
@@ -365,6 +408,7 @@ def _run(
     *,
     models: "Sequence[TrainedModel]",
     reference: str,
+    journal: "Journal",
     output_dir: Path,
     markdown: Path | None,
     as_json: bool,
@@ -377,30 +421,78 @@ def _run(
 
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     tables = _table_console(stderr=as_json)
-    runs: list[Run] = []
-    status = 0
+    runs, status = journal.runs, 0
     try:
-        with _interrupted_by_sigterm():
-            _play(composer, plan, models, jobs, errors, runs.append)
+        with journal, _interrupted_by_sigterm():
+            _play(composer, plan, models, jobs, errors, journal)
     except KeyboardInterrupt:
-        errors.print(f"interrupted: {len(runs)} of {len(plan)} runs were finished")
+        finished = share(len(runs), len(plan), "run", one="was", many="were")
+        errors.print(f"interrupted: {finished} finished; the same command with --resume goes on")
         status = INTERRUPTED
     except DeciderFailedError as error:
         errors.print(f"error: {error}")
         return 1
     if runs:
-        results = collect(runs, plan, setting=_setting(composer, models))
+        results = collect(runs, plan, setting=_setting(composer, plan, models))
         summary = _summary(results, composer, reference)
         _publish(results, summary, output_dir, tables, as_json=as_json)
         if markdown is not None:
             text = as_markdown(summary, descriptions=results.notes)
             markdown.write_text(text, encoding="utf-8")
         errors.print(f"tables and plots: {output_dir}")
+    if len(runs) == len(plan):
+        journal.complete()
     return status
 
 
-def _setting(composer: "Composer", models: "Sequence[TrainedModel]") -> dict[str, Any]:
+def _journal(output_dir: Path, setting: dict[str, Any], *, resume: bool) -> "Journal":
+    from pointsman_learning.evaluation.journal import FILE, Journal, JournalError
+
+    if not resume and (output_dir / FILE).exists():
+        typer.echo(f"note: what was broken off in {output_dir} begins anew", err=True)
+    try:
+        with _named("--output-dir"):
+            return (Journal.resume if resume else Journal.begin)(output_dir, setting)
+    except JournalError as error:
+        raise _bad("--resume", error) from None
+
+
+def _kept_setting(
+    composer: "Composer", plan: "Plan", models: "Sequence[TrainedModel]"
+) -> dict[str, Any]:
+    """All that the runs depend on: what goes on must have the same."""
+    from importlib.metadata import version
+
+    from pointsman_core.deciders.han_drl import shipped_model
+    from pointsman_learning.workloads.folder import digest
+
+    own = {
+        "--quality-data": composer.quality_data,
+        "--arrivals": composer.arrivals,
+        "--predictor": composer.predictor_file,
+    }
+    return {
+        **_setting(composer, plan, models),
+        "workloads": list(plan.workloads),
+        "loads": [AS_RECORDED if load is None else load for load in plan.loads],
+        "limits": list(plan.limits),
+        "admissions": [admission.value for admission in plan.admissions],
+        "deciders": list(plan.deciders),
+        "seeds": len(plan.seeds),
+        "sizes": {name: composer.process(name).sizes.source for name in plan.workloads},
+        "site's content": composer.pool().version,
+        "content of files": {name: digest(file) for name, file in own.items() if file is not None},
+        "release": version("pointsman"),
+        "shipped model": shipped_model().sha256,
+    }
+
+
+def _setting(
+    composer: "Composer", plan: "Plan", models: "Sequence[TrainedModel]"
+) -> dict[str, Any]:
     setting = dict(composer.setting())
+    if plan.as_recorded:
+        setting["as_recorded"] = True
     if models:
         setting["models"] = {one.decider: dict(one.setting()) for one in models}
     return setting
@@ -433,9 +525,9 @@ def _play(
     models: "Sequence[TrainedModel]",
     jobs: int,
     console: "Console",
-    keep: "Callable[[Run], None]",
+    journal: "Journal",
 ) -> None:
-    """Run the plan under a progress bar."""
+    """Run what is left of the plan under a progress bar."""
     from contextlib import closing
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -444,9 +536,15 @@ def _play(
 
     extra = [model.contender() for model in models]
     pace = Pace.of(plan, requests=composer.requests, jobs=jobs)
+    finished = {run.task for run in journal.runs}
+    for run in journal.runs:
+        pace.done(run)
+    left = [task for task in plan.tasks() if task not in finished]
+    if finished:
+        console.print(f"{share(len(finished), len(plan), 'run')} finished already")
     console.print(
-        f"{len(plan)} runs of {composer.requests:,} requests, quality predicted by"
-        f" {composer.predictor_note()}, in {jobs} {'process' if jobs == 1 else 'processes'}:"
+        f"{counted(len(plan), 'run')} of {counted(composer.requests, 'request')}, quality predicted"
+        f" by {composer.predictor_note()}, in {counted(jobs, 'process', 'processes')}:"
         f" about {_duration(pace.left_s + START_S)}"
     )
     columns = (
@@ -457,11 +555,11 @@ def _play(
     )
     with (
         Progress(*columns, console=console, transient=True) as progress,
-        closing(run_all(plan.tasks(), composer, jobs=jobs, extra=extra)) as results,
+        closing(run_all(left, composer, jobs=jobs, extra=extra)) as results,
     ):
-        bar = progress.add_task("runs", total=len(plan), left="")
+        bar = progress.add_task("runs", total=len(plan), completed=len(finished), left="")
         for run in results:
-            keep(run)
+            journal.add(run)
             pace.done(run)
             progress.update(bar, advance=1, left=f"{_duration(pace.left_s)} left")
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pointsman_cli.extras import needs_extra
+from pointsman_common.files import new_file, readable_file, told
+from pointsman_common.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,15 +26,16 @@ QualityData = Annotated[
     typer.Option(
         help="Scores of your own: CSV prompt,expert,score,output_tokens, or LLMRouter's JSON."
         " [default: the training split of LLMRouter's]",
-        exists=True,
-        dir_okay=False,
+        callback=readable_file,
     ),
 ]
 
 
 @app.command()
 def train(
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, ONNX.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write, ONNX.", callback=new_file)
+    ],
     quality_data: QualityData = None,
     kind: Annotated[
         str,
@@ -68,7 +71,8 @@ def train(
         content = training.train(corpus, kind=known, embed=embed, seed=seed, metrics=metrics)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(content)
-        typer.echo(f"{output}: {len(content)} bytes, {len(corpus.experts)} experts", err=True)
+        experts = counted(len(corpus.experts), "expert")
+        typer.echo(f"{output}: {len(content):,} bytes, {experts}", err=True)
 
 
 @app.command()
@@ -79,8 +83,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Judge this trained predictor, instead of fitting all kinds.",
-            exists=True,
-            dir_okay=False,
+            callback=readable_file,
         ),
     ] = None,
     quality_data: Annotated[
@@ -88,8 +91,7 @@ def evaluate(
         typer.Option(
             help="Judge by scores of your own, on prompts that the predictor was not trained on."
             " Without --predictor: the built-in one.",
-            exists=True,
-            dir_okay=False,
+            callback=readable_file,
         ),
     ] = None,
     embeddings: Annotated[
@@ -154,7 +156,7 @@ def _learning() -> Iterator[None]:
         with needs_extra():
             yield
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {told(error)}", err=True)
         raise typer.Exit(1) from None
 
 

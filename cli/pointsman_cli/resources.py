@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pointsman_common.files import new_file, writable_folder
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -50,7 +52,10 @@ def validate(
 
 
 def generate_crds(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the CRD files.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Folder for the CRD files.", callback=writable_folder),
+    ],
 ) -> None:
     """Write the CustomResourceDefinitions, generated from the models."""
     from pointsman_core.crd import generate_crds as generate
@@ -61,9 +66,9 @@ def generate_crds(
 
 
 def generate_docs(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Markdown file to write.")] = Path(
-        "docs/crds.md"
-    ),
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Markdown file to write.", callback=new_file)
+    ] = Path("docs/crds.md"),
 ) -> None:
     """Write the reference of all custom resource fields."""
     from pointsman_core.crd_reference import generate_reference

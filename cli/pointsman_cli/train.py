@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pointsman_cli.extras import needs_extra
+from pointsman_common.files import readable, readable_file, told, writable_folder
+from pointsman_common.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,20 +31,31 @@ ACTIONS = 8.5
 
 def train(
     config: Annotated[
-        Path | None, typer.Option(help="YAML with settings that differ from the defaults.")
+        Path | None,
+        typer.Option(
+            help="YAML with settings that differ from the defaults.", callback=readable_file
+        ),
     ] = None,
     experts: Annotated[
-        Path | None, typer.Option(help="Your own manifests, a file or folder.")
+        Path | None,
+        typer.Option(help="Your own manifests, a file or folder.", callback=readable),
     ] = None,
     policy: Annotated[
         str | None, typer.Option(help="Policy in the manifests; default: that of 'auto'.")
     ] = None,
     quality_data: Annotated[
-        Path | None, typer.Option(help="Your own scores: prompt,expert,score,output_tokens (CSV).")
+        Path | None,
+        typer.Option(
+            help="Your own scores: prompt,expert,score,output_tokens (CSV).",
+            callback=readable_file,
+        ),
     ] = None,
     arrivals: Annotated[
         Path | None,
-        typer.Option(help="Your own trace: arrival_seconds,input_tokens,output_tokens (CSV)."),
+        typer.Option(
+            help="Your own trace: arrival_seconds,input_tokens,output_tokens (CSV).",
+            callback=readable_file,
+        ),
     ] = None,
     minutes: Annotated[
         float | None,
@@ -51,7 +65,10 @@ def train(
         int | None, typer.Option(min=1, max=1024, help="Processes; default: one per core.")
     ] = None,
     output: Annotated[
-        Path, typer.Option(help="Folder for labels, checkpoint, curves, model.")
+        Path,
+        typer.Option(
+            help="Folder for labels, checkpoint, curves, model.", callback=writable_folder
+        ),
     ] = Path("training-output"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the output folder.")
@@ -86,20 +103,23 @@ def train(
     try:
         settings = _settings(config, own, device)
         workers = jobs or _cores()
-        _announce(console, settings, workers, minutes, output)
-        with _Shown(console) as shown:
-            trainer = Trainer(
-                settings,
-                output,
-                jobs=workers,
-                ray=ray,
-                minutes=minutes,
-                command=_begun_by(sys.argv[1:]),
-                report=shown.event,
-            )
-            result = trainer.run(resume=resume)
+        shown = _Shown(console)
+        trainer = Trainer(
+            settings,
+            output,
+            jobs=workers,
+            ray=ray,
+            minutes=minutes,
+            command=_begun_by(sys.argv[1:]),
+            report=shown.event,
+        )
+        trainer.prepare(resume=resume)
+        stages = _stages(settings, workers, output)
+        _announce(console, stages, minutes, output)
+        with shown.of(stages):
+            result = trainer.run()
     except (ConfigError, CheckpointError, WorkloadError, ManifestErrors, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {told(error)}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print(f"interrupted; the same command with --resume goes on in {output}")
@@ -107,7 +127,7 @@ def train(
     _print(Console(width=110), result)
     if not result.finished:
         console.print(f"time is over; the same command with --resume goes on in {output}")
-    console.print(f"model: {result.model}, model card: {result.card}")
+    console.print(f"model: {result.model}, training report: {result.report}")
 
 
 def _begun_by(arguments: list[str]) -> str:
@@ -140,23 +160,41 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _announce(
-    console: "Console", config: "TrainConfig", jobs: int, minutes: float | None, output: Path
-) -> None:
-    labels, rollouts = config.labels, config.labels.rollouts
-    there = len(list((output / "labels-1").glob("*.npz")))
-    states = max(labels.shards - there, 0) * rollouts.trunks * rollouts.states_per_scenario
-    seconds = states * ACTIONS / LABELS_PER_SECOND / jobs * rollouts.horizon / 90
-    console.print(
-        f"1. about {states:,} states with {states * ACTIONS:,.0f} labels by {jobs}"
-        f" {'process' if jobs == 1 else 'processes'}: roughly {math.ceil(seconds / 60)} min"
-        + (f"; {there} shards are there" if there else "")
-    )
-    console.print(f"2. up to {config.warm.epochs} epochs of regression on them")
+def _stages(config: "TrainConfig", jobs: int, output: Path) -> dict[str, str]:
+    """What the run will do, by stage, in order."""
+    from pointsman_learning.training.trainer import AGAIN, LABELS, SAC, WARM
+
+    labels = config.labels
+    plan = {LABELS: _labels_to_make(config, jobs, output)}
+    if config.warm.epochs:
+        plan[WARM] = f"up to {counted(config.warm.epochs, 'epoch')} of regression on them"
     if labels.second_round:
-        console.print(f"3. {labels.second_round} shards more with the learned policy as the base")
+        shards = counted(labels.second_round, "shard")
+        plan[AGAIN] = f"{shards} more with the learned policy as the base, and epochs on them"
     if config.sac.rounds:
-        console.print(f"4. up to {config.sac.rounds} rounds of soft actor-critic")
+        plan[SAC] = f"up to {counted(config.sac.rounds, 'round')}"
+    return plan
+
+
+def _labels_to_make(config: "TrainConfig", jobs: int, output: Path) -> str:
+    labels, rollouts = config.labels, config.labels.rollouts
+    there = min(len(list((output / "labels-1").glob("*.npz"))), labels.shards)
+    if there == labels.shards:
+        return f"all {counted(there, 'shard')} there"
+    states = (labels.shards - there) * rollouts.trunks * rollouts.states_per_scenario
+    seconds = states * ACTIONS / LABELS_PER_SECOND / jobs * rollouts.horizon / 90
+    return (
+        f"about {counted(states, 'state')} with {states * ACTIONS:,.0f} labels by"
+        f" {counted(jobs, 'process', 'processes')}: roughly {math.ceil(seconds / 60)} min"
+        + (f"; {there} of {counted(labels.shards, 'shard')} there" if there else "")
+    )
+
+
+def _announce(
+    console: "Console", stages: dict[str, str], minutes: float | None, output: Path
+) -> None:
+    for number, (stage, text) in enumerate(stages.items(), 1):
+        console.print(f"{number}/{len(stages)} {stage}: {text}")
     if minutes is not None:
         console.print(f"It stops after about {minutes:g} min, labels after half of that at most.")
     console.print(f"Everything is kept in {output}; break it off and resume as you like.")
@@ -167,6 +205,8 @@ class _Shown:
 
     def __init__(self, console: "Console") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._stages: list[str] = []
 
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -179,6 +219,11 @@ class _Shown:
         self._bar = self._progress.add_task("labels", total=None, text="", visible=False)
         self._started = time.monotonic()
 
+    def of(self, stages: Iterable[str]) -> "_Shown":
+        """Say which stages there will be."""
+        self._stages = list(stages)
+        return self
+
     def __enter__(self) -> "_Shown":
         self._progress.start()
         return self
@@ -187,18 +232,24 @@ class _Shown:
         self._progress.stop()
 
     def event(self, event: "Event") -> None:
+        from pointsman_learning.training.trainer import LABELS, SAC, WARM
+
+        labels = event.stage == LABELS
+        stage = event.stage if event.during in ("", WARM) else event.during
+        unit = "shard" if labels else "round" if stage == SAC else "epoch"
+        own = "" if stage == event.stage else f", {event.stage}"
+        title = f"{self._stages.index(stage) + 1}/{len(self._stages)} {stage}{own}, {unit}"
         self._progress.update(
             self._bar,
-            description=event.stage,
+            description=title,
             completed=event.done,
             total=event.total,
-            text=event.text if event.stage == "labels" else "",
+            text=event.text if labels else "",
             visible=True,
         )
-        last = event.done == event.total
-        if event.stage != "labels" or last:
+        if not labels or event.done == event.total:
             minutes = (time.monotonic() - self._started) / 60
-            line = f"{minutes:5.1f} min  {event.stage} {event.done}/{event.total}: {event.text}"
+            line = f"{minutes:5.1f} min  {title} {event.done}/{event.total}: {event.text}"
             self._progress.console.print(line)
 
 

@@ -8,6 +8,7 @@ import typer
 
 from pointsman_cli.deciders import parse_deciders
 from pointsman_cli.extras import needs_extra
+from pointsman_common.files import writable_file
 
 
 def tune(
@@ -17,9 +18,14 @@ def tune(
     candidates: Annotated[int, typer.Option(min=2, help="Candidates per parameter.")] = 8,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     journal: Annotated[
-        Path | None, typer.Option(help="Every run is kept here; the same command goes on.")
+        Path | None,
+        typer.Option(
+            help="Every run is kept here; the same command goes on.", callback=writable_file
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for the result.", callback=writable_file)
+    ] = None,
 ) -> None:
     """Search parameters for the highest average QoS; prints the result as JSON."""
     with needs_extra():

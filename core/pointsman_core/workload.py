@@ -79,13 +79,14 @@ class Arrivals:
         total = float(self.gaps.sum())
         return len(self) / total if total > 0 else math.inf
 
-    def window(self, *, start: int, requests: int, rate: float) -> "Arrivals":
+    def window(self, *, start: int, requests: int, rate: float | None) -> "Arrivals":
         """Cut ``requests`` consecutive arrivals and stretch their times to a mean rate.
 
         The first one arrives at second 0 and all gaps are scaled alike, so bursts keep
-        their shape. A trace that is too short starts again from its beginning.
+        their shape; without a rate they are as recorded. A trace that is too short starts
+        again from its beginning.
         """
-        if requests < 1 or not rate > 0:
+        if requests < 1 or not (rate is None or rate > 0):
             raise WorkloadError(
                 f"needs at least 1 request at a rate above 0 (got {requests} at {rate}/s)",
                 source=self.source,
@@ -98,7 +99,8 @@ class Arrivals:
                 f"{requests} arrivals from number {start + 1} on fall into one moment",
                 source=self.source,
             )
-        times = np.concatenate(([0.0], np.cumsum(gaps[:-1]))) * (requests / rate / total)
+        scale = 1.0 if rate is None else requests / rate / total
+        times = np.concatenate(([0.0], np.cumsum(gaps[:-1]))) * scale
         return Arrivals(times, self.input_tokens[index], self.output_tokens[index], self.source)
 
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pointsman_common.files import readable, reason, told
+
 if TYPE_CHECKING:
     from pointsman_core.resources import LLMExpertSpec
     from pointsman_engine_sim.settings import EngineSettings
@@ -22,7 +24,8 @@ def _fault(*names: str, text: str, **bounds: Any) -> Any:  # noqa: ANN401
 def engine_sim(
     *,
     manifests: Annotated[
-        Path | None, typer.Option(help="YAML file or folder with the LLMExpert to simulate.")
+        Path | None,
+        typer.Option(help="YAML file or folder with the LLMExpert to simulate.", callback=readable),
     ] = None,
     expert: Annotated[str | None, typer.Option(help="Its name, or namespace/name.")] = None,
     model: Annotated[
@@ -89,7 +92,7 @@ def engine_sim(
     except ValidationError as error:
         raise typer.BadParameter(describe(error)) from error
     except (ValueError, OSError) as error:  # errors in manifests are ValueErrors
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(told(error)) from error
     _run(settings)
 
 
@@ -104,7 +107,7 @@ def _run(settings: "EngineSettings") -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings, on_ready=lambda url: _announce(url, settings.model)))
     except OSError as error:  # most often: the port is taken
-        typer.echo(f"engine-sim: {error}", err=True)
+        typer.echo(f"engine-sim: {told(error)}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -169,7 +172,7 @@ def _text(file: Path) -> str:
     try:
         return file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 (byte {error.start})") from error
+        raise ValueError(f"{file}: {reason(error)}") from error
 
 
 def _announce(url: str, model: str) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
+from pointsman_common.wording import listed, share
 from pointsman_core.resources import EngineType, LLMExpert
 from pointsman_operator.conditions import FALSE, TRUE, UNKNOWN, Finding, Reason, Type
 from pointsman_operator.observed import Probe
-from pointsman_operator.wording import listed, share
 
 _OLLAMA_TAG: Final = ":latest"
 """Ollama lists it and answers to the name without it too."""

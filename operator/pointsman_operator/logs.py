@@ -1,58 +1,18 @@
-"""Structured logs on standard error, kopf's own among them."""
+"""The operator's logs, kopf's own among them."""
 
 import logging
-import sys
 
-import structlog
-from structlog.typing import Processor
+from pointsman_common import logs
 
 _GONE = (404, 410)
 
-_SHARED: list[Processor] = [
-    structlog.contextvars.merge_contextvars,
-    structlog.processors.add_log_level,
-    structlog.processors.TimeStamper(fmt="iso", utc=True),
-    structlog.processors.format_exc_info,
-]
-
 
 def configure_logs(*, level: str, style: str) -> None:
-    """Set up structlog and the standard library's logging for the process.
+    """As `pointsman_common.logs.configure_logs`; kopf tells what went wrong only.
 
-    Raises:
-        ValueError: unknown level or style.
-
+    Else it tells each request's attempt and each handler's success.
     """
-    number = logging.getLevelNamesMapping().get(level.upper())
-    if number is None:
-        raise ValueError(f"unknown log level {level!r}; use debug, info, warning or error")
-    renderers: dict[str, Processor] = {
-        "json": structlog.processors.JSONRenderer(),
-        "console": structlog.dev.ConsoleRenderer(),
-    }
-    if style not in renderers:
-        raise ValueError(f"unknown log format {style!r}; use json or console")
-    structlog.configure(
-        processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.stdlib.LoggerFactory(),
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_quieten)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=_SHARED,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                renderers[style],
-            ],
-        )
-    )
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(number)
-    # It tells each request's attempt and each handler's success.
-    logging.getLogger("kopf").setLevel(max(number, logging.WARNING))
+    logs.configure_logs(level=level, style=style, quiet=("kopf",), filters=(_quieten,))
 
 
 def is_gone(error: BaseException | None) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 
+from pointsman_common.wording import counted, listed, share
 from pointsman_core.resources import (
     Algorithm,
     ConditionStatus,
@@ -55,7 +56,6 @@ from pointsman_operator.observed import (
     Probe,
     ServerState,
 )
-from pointsman_operator.wording import counted, listed, share
 
 MAX_STORED_BYTES: Final = 1024 * 1024
 """What the API server lets a ConfigMap hold."""

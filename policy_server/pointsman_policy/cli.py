@@ -7,14 +7,29 @@ from typing import Annotated
 
 import typer
 
+from pointsman_common.files import (
+    must_be_readable,
+    readable,
+    readable_file,
+    told,
+    writable_folder,
+)
 from pointsman_policy.addresses import SocketAddress
-from pointsman_policy.settings import BUILTIN_PREDICTOR, DEFAULT_BODY_LIMIT, MAX_BODY_BYTES
+from pointsman_policy.settings import (
+    BUILTIN_PREDICTOR,
+    DEFAULT_BODY_LIMIT,
+    MAX_BODY_BYTES,
+    NO_PREDICTOR,
+)
 
 
 def policy_server(
     manifests: Annotated[
         list[Path] | None,
-        typer.Option(help="File or folder with LLMExpert and RoutingPolicy manifests; repeatable."),
+        typer.Option(
+            help="File or folder with LLMExpert and RoutingPolicy manifests; repeatable.",
+            callback=readable,
+        ),
     ] = None,
     snapshots: Annotated[
         list[Path] | None,
@@ -33,11 +48,17 @@ def policy_server(
         typer.Option(help="ip:port or unix:///path on which an operator publishes snapshots."),
     ] = None,
     tls_cert: Annotated[
-        Path | None, typer.Option(help="Certificate of the control address, in PEM.")
+        Path | None,
+        typer.Option(help="Certificate of the control address, in PEM.", callback=readable_file),
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its private key, in PEM.")] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="Its private key, in PEM.", callback=readable_file)
+    ] = None,
     tls_client_ca: Annotated[
-        Path | None, typer.Option(help="Authority of the operator's certificate, in PEM.")
+        Path | None,
+        typer.Option(
+            help="Authority of the operator's certificate, in PEM.", callback=readable_file
+        ),
     ] = None,
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that SIGTERM waits for requests under way.", min=0)
@@ -74,13 +95,16 @@ def policy_server(
     # token than its event engine (grpcio 1.85). Read when grpc is first imported.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
+    from pointsman_common.logs import configure_logs
     from pointsman_core.manifests import ManifestErrors
-    from pointsman_policy.logs import configure_logs
     from pointsman_policy.server import run
     from pointsman_policy.settings import ServerSettings, TlsFiles
 
+    if predictor not in (BUILTIN_PREDICTOR, NO_PREDICTOR):
+        must_be_readable(Path(predictor), option="--predictor")
     try:
-        configure_logs(level=log_level, style=log_format)
+        # watchfiles tells every change of a file, and the server what came of it.
+        configure_logs(level=log_level, style=log_format, quiet=("watchfiles",))
         run(
             ServerSettings(
                 manifests=tuple(manifests or ()),
@@ -98,18 +122,24 @@ def policy_server(
             )
         )
     except (ManifestErrors, OSError, ValueError) as error:
-        print(error, file=sys.stderr)  # noqa: T201 - for a person at a terminal
+        print(told(error), file=sys.stderr)  # noqa: T201 - for a person at a terminal
         raise typer.Exit(1) from None
 
 
 def snapshot(
     manifests: Annotated[
         list[Path],
-        typer.Option(help="File or folder with LLMExpert and RoutingPolicy manifests; repeatable."),
+        typer.Option(
+            help="File or folder with LLMExpert and RoutingPolicy manifests; repeatable.",
+            callback=readable,
+        ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder to write a file per policy to; without it, lines are printed."),
+        typer.Option(
+            help="Folder to write a file per policy to; without it, lines are printed.",
+            callback=writable_folder,
+        ),
     ] = None,
 ) -> None:
     """Compile manifests to the snapshots that an operator would publish, as JSON."""
@@ -126,7 +156,7 @@ def snapshot(
         for file in write_snapshot_files(output, compiled.snapshots):
             typer.echo(str(file), err=True)
     except (ManifestErrors, OSError) as error:
-        typer.echo(str(error), err=True)
+        typer.echo(told(error), err=True)
         raise typer.Exit(1) from None
 
 

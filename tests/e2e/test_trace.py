@@ -7,8 +7,9 @@ from collections import Counter
 
 import numpy as np
 
-from pointsman_cli.demo.data import TRACES, data_folder
+from pointsman_cli.demo.data import data_folder
 from pointsman_cli.demo.options import WorkloadName
+from pointsman_common.data_folder import TRACES
 from pointsman_core.workload import DOMAINS, Arrivals, parse_arrivals, synthetic
 
 REQUESTS = 1000

@@ -56,6 +56,7 @@ def test_every_folder_with_modules_is_part_of_the_distribution():
     ("package", "forbidden"),
     [
         ("pointsman_core", {"torch", "kubernetes", "kopf", "grpc", "aiohttp", "prometheus_client"}),
+        ("pointsman_common", {"torch", "kubernetes", "kopf", "grpc", "aiohttp", "pointsman_core"}),
         ("pointsman_policy", {"torch", "torch_geometric", "kubernetes", "kopf"}),
         ("pointsman_engine_sim", {"torch", "torch_geometric", "kubernetes", "kopf", "grpc"}),
         ("pointsman_operator", {"torch", "torch_geometric"}),

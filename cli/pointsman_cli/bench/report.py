@@ -10,6 +10,8 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
+from pointsman_common.wording import counted
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -70,7 +72,7 @@ _SHOWN = {
 
 def _constants(runs: list[dict[str, Any]]) -> str:
     first = runs[0]
-    return f"{first['endpoints']} endpoints, {first['in_flight']} in flight"
+    return f"{counted(first['endpoints'], 'endpoint')}, {first['in_flight']} in flight"
 
 
 def _text(value: object) -> str:

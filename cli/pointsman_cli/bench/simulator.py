@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pointsman_cli.bench import site
+from pointsman_common.wording import counted
 from pointsman_core.capacity import capacity
 from pointsman_core.cost import CostModel
 from pointsman_core.observation import RoutingTable, observe
@@ -221,8 +222,8 @@ def show(
 def describe(compared: Compared) -> str:
     """One sentence on what was found equal."""
     return (
-        f"Equal to the reference to the last bit on {compared.cases:,} random cases:"
-        f" {compared.requests:,} requests, {compared.tokens:,} token times,"
+        f"Equal to the reference to the last bit on {counted(compared.cases, 'random case')}:"
+        f" {counted(compared.requests, 'request')}, {compared.tokens:,} token times,"
         f" {compared.iterations:,} iterations, {compared.preemptions:,} preemptions,"
         f" {compared.lost:,} requests lost with their endpoints."
     )
@@ -230,7 +231,7 @@ def describe(compared: Compared) -> str:
 
 def _table(speeds: Sequence[Speed]) -> Table:
     table = Table(
-        title=f"Simulator on one core, {speeds[0].requests} requests a run",
+        title=f"Simulator on one core, {counted(speeds[0].requests, 'request')} a run",
         caption="Per second of CPU time: requests decided in turn, engine iterations, steps of the"
         " environment, decisions of LatencyQualityGreedy. Microseconds: observe, clone.",
     )

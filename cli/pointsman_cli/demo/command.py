@@ -10,6 +10,8 @@ import typer
 from pointsman_cli.deciders import parse_deciders
 from pointsman_cli.demo.options import MAX_LIMIT_MS, TELLING_DECIDERS, DemoOptions, WorkloadName
 from pointsman_cli.extras import needs_extra
+from pointsman_common.data_folder import checkout
+from pointsman_common.files import readable, told, writable_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,11 +40,14 @@ def demo(
     ] = TELLING_DECIDERS,
     manifests: Annotated[
         Path | None,
-        typer.Option(help="File or folder of experts and a policy; default: examples/edge-site."),
+        typer.Option(
+            help="File or folder of experts and a policy; default: examples/edge-site.",
+            callback=readable,
+        ),
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where plot, report and logs go.")] = Path(
-        "demo-output"
-    ),
+    output_dir: Annotated[
+        Path, typer.Option(help="Where plot, report and logs go.", callback=writable_folder)
+    ] = Path("demo-output"),
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON on standard output.")
     ] = False,
@@ -73,8 +78,6 @@ def demo(
     """Run each decider in turn against a site of simulated engines, through a real Envoy."""
     from rich.console import Console
 
-    from pointsman_cli.demo.data import repository_root
-
     chosen = parse_deciders(deciders, none_allowed=True)
     if compare:
         if not chosen:
@@ -85,7 +88,7 @@ def demo(
         seconds=seconds,
         rate=rate,
         deciders=chosen,
-        manifests=manifests or repository_root() / "examples" / "edge-site",
+        manifests=manifests or checkout() / "examples" / "edge-site",
         output_dir=output_dir,
         workload=workload,
         limit_ms=limit_ms,
@@ -114,7 +117,7 @@ def _run(options: DemoOptions, console: "Console", *, as_json: bool) -> int:
         (options.output_dir / "logs").mkdir(parents=True, exist_ok=True)
         finished = run_until_signal(run_demo(options, console, publish))
     except (DemoError, ManifestErrors, WorkloadError, OSError) as error:
-        say(console, f"error: {error}")
+        say(console, f"error: {told(error)}")
         return 1
     served_only = options.keep_running and (published or not options.deciders)
     return 0 if finished or served_only else INTERRUPTED

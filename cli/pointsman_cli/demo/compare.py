@@ -19,6 +19,7 @@ from pointsman_cli.demo.model import model_of
 from pointsman_cli.demo.results import HostLoad, RunResult, summarise
 from pointsman_cli.demo.runner import MAX_OUTPUT_TOKENS, DemoPlan
 from pointsman_cli.demo.site import Site, clone_model, is_loopback, to_yaml
+from pointsman_common.files import told
 from pointsman_core.deciders import Decider
 from pointsman_core.manifests import compile_manifests
 from pointsman_core.predictors import ArtefactError, make_predictor
@@ -61,7 +62,7 @@ def simulate_all(prepared: DemoPlan, deciders: Sequence[Algorithm]) -> list[RunR
             for decider in deciders
         ]
     except (ArtefactError, DeciderFailedError, ScenarioError, OSError) as error:
-        raise DemoError(f"--compare: {error}") from error
+        raise DemoError(f"--compare: {told(error)}") from error
 
 
 def scenario_of(prepared: DemoPlan) -> Scenario:

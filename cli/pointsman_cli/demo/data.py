@@ -1,7 +1,5 @@
 """Where the demo's workload comes from: the data folder, else the synthetic generator."""
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +8,14 @@ import numpy as np
 from pointsman_cli.demo.errors import DemoError
 from pointsman_cli.demo.options import WorkloadName
 from pointsman_cli.demo.site import Site, declared_score
+from pointsman_common.data_folder import (
+    DATA_VARIABLE,
+    TEST_SCORES,
+    TRACES,
+    NoDataFolderError,
+    find_data_folder,
+)
+from pointsman_common.files import reason
 from pointsman_core.resources import LLMExpert
 from pointsman_core.workload import (
     DOMAINS,
@@ -23,16 +29,6 @@ from pointsman_core.workload import (
 )
 from pointsman_core.workload import column_of as column_of_names
 
-DATA_VARIABLE = "POINTSMAN_DATA"
-
-
-TRACES: Mapping[WorkloadName, str] = {
-    WorkloadName.AZURE_CONV: "azure_llm_2023/AzureLLMInferenceTrace_conv.csv",
-    WorkloadName.AZURE_CODE: "azure_llm_2023/AzureLLMInferenceTrace_code.csv",
-}
-SCORES = "llmrouter/test.json"
-"""Held out: the priors in examples/ were measured on questions that do not occur here."""
-
 
 @dataclass(frozen=True, slots=True)
 class TraceData:
@@ -42,20 +38,12 @@ class TraceData:
     table: QualityTable
 
 
-def repository_root() -> Path:
-    """Folder that holds examples/ when this runs from a checkout."""
-    return Path(__file__).resolve().parents[3]
-
-
 def data_folder() -> Path | None:
-    """The folder of public data, from the environment or beside the checkout."""
-    if named := os.environ.get(DATA_VARIABLE):
-        folder = Path(named)
-        if not folder.is_dir():
-            raise DemoError(f"{DATA_VARIABLE}={named} is not a folder")
-        return folder
-    beside = repository_root().parent / "shared" / "data"
-    return beside if beside.is_dir() else None
+    """The folder of public data, found as the laboratory finds it; raises DemoError."""
+    try:
+        return find_data_folder()
+    except NoDataFolderError as error:
+        raise DemoError(str(error)) from None
 
 
 def load_traces(name: WorkloadName) -> TraceData | None:
@@ -67,15 +55,17 @@ def load_traces(name: WorkloadName) -> TraceData | None:
         return None
     folder = data_folder()
     trace = TRACES[WorkloadName.AZURE_CONV if name is WorkloadName.AUTO else name]
-    missing = [file for file in (trace, SCORES) if folder is None or not (folder / file).is_file()]
+    missing = [
+        file for file in (trace, TEST_SCORES) if folder is None or not (folder / file).is_file()
+    ]
     if missing and name is WorkloadName.AUTO:
         return None
     if folder is None or missing:
-        where = folder or f"no data folder (set {DATA_VARIABLE})"
+        where = folder or f"no data folder (run `pointsman data fetch`, or set {DATA_VARIABLE})"
         raise DemoError(f"--workload {name} needs {', '.join(missing)}: {where}")
     return TraceData(
         arrivals=parse_arrivals(_read(folder / trace), source=Path(trace).name),
-        table=parse_quality(_read(folder / SCORES), source=SCORES),
+        table=parse_quality(_read(folder / TEST_SCORES), source=TEST_SCORES),
     )
 
 
@@ -83,7 +73,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DemoError(f"{path} cannot be read: {error}") from error
+        raise DemoError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def make_workload(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pointsman_cli.demo.results import DemoReport, RunResult
+from pointsman_common.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +58,7 @@ def draw(report: DemoReport, path: Path) -> None:
     _draw_latencies(curves, report.runs, report.workload.limit_ms_per_token)
     workload = report.workload
     figure.suptitle(
-        f"{workload.requests} requests at {workload.rate:.2g}/s under each decider,"
+        f"{counted(workload.requests, 'request')} at {workload.rate:.2g}/s under each decider,"
         f" limit {workload.limit_ms_per_token:g} ms per token\n{workload.description}"
         + (" · simulated engines" if report.simulated else ""),
         fontsize=10,

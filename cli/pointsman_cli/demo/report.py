@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pointsman_cli.demo.results import DemoReport, ModelReport, RunResult
+from pointsman_common.wording import counted
 
 SHOWN_DIGITS = 12
 """Of a model's SHA-256; the whole one is in the JSON."""
@@ -34,7 +35,7 @@ def results_table(report: DemoReport) -> Table:
     """One line per decider; the best average QoS stands out."""
     workload = report.workload
     table = _table(
-        f"{workload.requests} requests at {workload.rate:.2g}/s, each decider in turn",
+        f"{counted(workload.requests, 'request')} at {workload.rate:.2g}/s, each decider in turn",
         caption=(
             f"QoS: score of an answer within {workload.limit_ms_per_token:g} ms per token, else 0;"
             " over all requests, ± 95 % if they were independent. Late: of all requests, failed"

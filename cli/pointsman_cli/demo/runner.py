@@ -31,6 +31,7 @@ from pointsman_cli.demo.results import (
 )
 from pointsman_cli.demo.site import Site, clone_model, load_site, with_limit
 from pointsman_cli.demo.stack import Stack, running_stack
+from pointsman_common.wording import counted
 from pointsman_core.resources import Algorithm
 from pointsman_core.workload import Workload
 from pointsman_policy.manifest_files import read_manifest_files
@@ -164,12 +165,12 @@ def introduce(
 ) -> None:
     """Say what is going to happen."""
     load = "" if prepared.load is None else f", about {prepared.load:.0%} of what the site can do"
-    say(console, f"site: {len(prepared.site.experts)} experts from {options.manifests}")
+    say(console, f"site: {counted(len(prepared.site.experts), 'expert')} from {options.manifests}")
     if options.deciders:
         say(console, f"workload: {prepared.workload.description}")
         say(
             console,
-            f"each decider: {len(prepared.workload)} requests in {prepared.seconds:g} s,"
+            f"each decider: {counted(len(prepared.workload), 'request')} in {prepared.seconds:g} s,"
             f" {prepared.rate:.2g}/s{load}, limit {prepared.limit_ms:g} ms per token",
         )
     if model is not None:
@@ -291,7 +292,7 @@ def warnings(runs: list[RunResult], unscored: list[str]) -> list[str]:
         if run.by_fallback
     ]
     lines += [
-        f"{run.decider}: {run.in_flight_at_end} requests stayed in the in-flight table"
+        f"{run.decider}: {counted(run.in_flight_at_end, 'request')} stayed in the in-flight table"
         for run in runs
         if run.in_flight_at_end
     ]

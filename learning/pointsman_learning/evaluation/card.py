@@ -15,6 +15,8 @@ import orjson
 import polars as pl
 import yaml
 
+from pointsman_common.files import reason
+from pointsman_common.wording import counted, ranged
 from pointsman_core.deciders.han_drl import FORMAT, HanModel
 from pointsman_core.graph import schema_hash
 from pointsman_learning.evaluation.registry import BOUND
@@ -58,7 +60,7 @@ class Evaluation:
             names = [name for name, one in models.items() if one["sha256"] == sha256]
             runs = pl.DataFrame(document["runs"], infer_schema_length=None)
         except OSError as error:
-            raise CardError(f"{file.name}: {error.strerror or error}") from None
+            raise CardError(f"{file.name}: {reason(error)}") from None
         except (ValueError, KeyError, TypeError, AttributeError, pl.exceptions.PolarsError):
             raise CardError(f"{file.name}: is no evaluation.json of pointsman evaluate") from None
         if not names:
@@ -255,10 +257,15 @@ def _trained_on(domain: Mapping[str, Any]) -> Iterator[str]:
 
 def _evaluated_on(one: Evaluation) -> Iterator[str]:
     cells = one.cells()
-    yield f"{one.title}, {one.setting['endpoints']} endpoints"
+    yield f"{one.title}, {_endpoints(one.setting['endpoints'])}"
     for name, label in (("workload", "workloads"), ("limit", "limits")):
         yield f"{label} {', '.join(dict.fromkeys(row[name] for row in cells))}"
     yield f"loads {', '.join(f'{load:g}' for load in sorted({row['load'] for row in cells}))}"
+
+
+def _endpoints(count: object) -> str:
+    """Of pools that are drawn anew they are a range, in words."""
+    return counted(count, "endpoint") if isinstance(count, int) else f"{count} endpoints"
 
 
 def _limits(evaluations: Sequence[Evaluation]) -> Iterator[str]:
@@ -290,11 +297,12 @@ def _results(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     yield "of 0, one by one: of many some will be so by chance."
     yield ""
     for one in evaluations:
-        windows = sorted({row["windows"] for row in one.cells()})
+        windows = [row["windows"] for row in one.cells()]
         yield f"### {one.title}"
+        played = ranged(min(windows), max(windows), "window")
         yield (
-            f"`{one.source}`: {' to '.join(map(str, windows))} windows of"
-            f" {one.setting['requests']:,} requests in each of {_cells(len(one.cells()))};"
+            f"`{one.source}`: {played} of {counted(one.setting['requests'], 'request')}"
+            f" in each of {_cells(len(one.cells()))};"
             f" quality predicted by {one.setting['predictor']}."
         )
         yield from _cautions(one)
@@ -313,7 +321,11 @@ def _cautions(one: Evaluation) -> Iterator[str]:
     for workload in dict.fromkeys(row["workload"] for row in cells):
         extra = max(row["overlapping_windows"] for row in cells if row["workload"] == workload)
         if extra:
-            yield f"{extra} windows of {workload} overlap others: its intervals are too narrow."
+            overlap = "overlaps" if extra == 1 else "overlap"
+            yield (
+                f"{counted(extra, 'window')} of {workload} {overlap} others: its intervals are too"
+                " narrow."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,7 +472,7 @@ def _compared(
 
 
 def _cells(count: int) -> str:
-    return f"{count} {'cell' if count == 1 else 'cells'}"
+    return counted(count, "cell")
 
 
 def _cell(row: Row) -> str:

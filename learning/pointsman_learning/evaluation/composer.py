@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pointsman_common.data_folder import TEST_SCORES, TRACES
 from pointsman_core.prediction import DeclaredPriors
 from pointsman_core.predictors import Artefact, builtin_artefact, model_key
 from pointsman_core.snapshot import Snapshot
@@ -33,7 +34,6 @@ from pointsman_learning.workloads import (
     user_corpus,
 )
 from pointsman_learning.workloads.arrivals import arrival_process
-from pointsman_learning.workloads.folder import TEST_SCORES, TRACES
 from pointsman_learning.workloads.pools import names_of
 
 PRIORS = "priors"
@@ -58,7 +58,7 @@ class Composer:
     policy: str | None = None
     """Name of the policy in the manifests."""
     quality_data: Path | None = None
-    """A quality table of one's own; all its prompts are asked."""
+    """A quality table of one's own; of the test split all its prompts are asked."""
     arrivals: Path | None = None
     """A trace of one's own."""
     base_limits_ms: tuple[float, ...] | None = None
@@ -68,6 +68,11 @@ class Composer:
     drawn: DrawnPools | None = None
     """Random pools in place of the site, one for each seed; its experts are what they draw."""
     split: Split = "test"
+
+    @property
+    def own_part(self) -> Split | None:
+        """Which part of one's own data; None, all of it, to be evaluated."""
+        return None if self.split == "test" else self.split
 
     def __call__(self, window: Window) -> Scenario:
         """Make the scenario.
@@ -120,6 +125,11 @@ class Composer:
         Raises ArtefactError, WorkloadError and OSError for a file that cannot be used.
         """
         return None if self.predictor == PRIORS else _said(self)
+
+    @property
+    def predictor_file(self) -> Path | None:
+        """The predictor's, where it is one's own."""
+        return None if self.predictor in (PRIORS, BUILTIN) else Path(self.predictor)
 
     def predictor_note(self) -> str:
         """Predictor's name, and how many of the site's experts it knows."""
@@ -184,7 +194,7 @@ def _pool(composer: Composer) -> Snapshot:
 @lru_cache(maxsize=2)
 def _corpus(composer: Composer) -> Corpus:
     if composer.quality_data is not None:
-        corpus = user_corpus(composer.quality_data)
+        corpus = user_corpus(composer.quality_data, composer.own_part)
     else:
         pool = Pool(snapshot=composer.pool(), blends={}, name="")
         corpus = default_corpus(composer.split, pool)
@@ -200,7 +210,7 @@ def _columns(snapshot: Snapshot, corpus: Corpus) -> list[int]:
 @lru_cache(maxsize=16)
 def _process(composer: Composer, workload: str) -> ArrivalProcess:
     if composer.arrivals is not None and workload == workload_name(composer.arrivals):
-        return user_arrivals(composer.arrivals)
+        return user_arrivals(composer.arrivals, composer.own_part)
     return arrival_process(workload, split=composer.split)
 
 

@@ -12,8 +12,8 @@ class Window:
     """One stretch of requests; every decider meets the very same ones."""
 
     workload: str
-    load: float
-    """Share of the site's estimated capacity."""
+    load: float | None
+    """Share of the site's estimated capacity; None: a trace's arrivals as recorded."""
     limit: str
     """Distribution of the limits, such as ``x2.5``."""
     seed: int
@@ -33,7 +33,8 @@ class Plan:
     """All combinations of the following."""
 
     workloads: Sequence[str]
-    loads: Sequence[float]
+    loads: Sequence[float | None]
+    """None stands alone: then the loads are what the runs turn out to have."""
     limits: Sequence[str]
     admissions: Sequence[Admission]
     deciders: Sequence[str]
@@ -50,6 +51,11 @@ class Plan:
             window = Window(workload=workload, load=load, limit=limit, seed=seed)
             for admission, decider in product(self.admissions, self.deciders):
                 yield Task(window=window, admission=admission, decider=decider)
+
+    @property
+    def as_recorded(self) -> bool:
+        """Whether traces are replayed as they were recorded."""
+        return None in self.loads
 
     def __len__(self) -> int:
         cells = len(self.workloads) * len(self.loads) * len(self.limits) * len(self.admissions)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from pointsman_common.wording import counted
 from pointsman_core.state import FloatArray
 from pointsman_learning.evaluation.registry import BOUND
 from pointsman_learning.evaluation.results import Results, Row, limit_factor
@@ -38,7 +39,10 @@ def draw_all(results: Results, summary: Sequence[Row], folder: Path) -> list[Pat
     mpl.use("Agg")
     style = Style([str(row["decider"]) for row in summary])
     figures: dict[str, Figure | None] = {
-        "qos-by-load": _by_number(summary, style, over="load"),
+        # Loads as recorded are one for each workload, and no curve.
+        "qos-by-load": None
+        if results.setting.get("as_recorded")
+        else _by_number(summary, style, over="load"),
         "qos-by-limit": _by_number(summary, style, over="limit"),
         "burst": _burst(results.timeline, style),
         # Pools that are drawn anew have no experts in common.
@@ -225,7 +229,7 @@ def _draw_burst(axes: "Axes", cell: pl.DataFrame, style: Style) -> None:
     first = cell.row(0, named=True)
     axes.set_title(
         f"{first['workload']}, load {first['load']:g}, limits {first['limit']},"
-        f" {first['admission']}: highest peak of each of {windows} windows,"
+        f" {first['admission']}: around the highest peak, mean of {counted(windows, 'window')},"
         f" stretches of {length:.3g} s",
         fontsize=9,
     )

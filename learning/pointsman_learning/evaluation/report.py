@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pointsman_common.wording import counted, ranged
 from pointsman_learning.evaluation.registry import BOUND
 from pointsman_learning.evaluation.results import CELL, Row
 from pointsman_learning.evaluation.statistics import FEW_WINDOWS, MIN_WINDOWS
@@ -163,19 +164,19 @@ def _mark(row: Row) -> str:
 def _notes(summary: Sequence[Row], *, detailed: bool) -> Iterable[str]:
     windows = [row["windows"] for row in summary]
     fewest, most = min(windows), max(windows)
-    counted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    windows_each = ranged(fewest, most, "window")
     prompts = [row["prompts"] for row in summary]
     if fewest >= MIN_WINDOWS:
         yield (
-            f"{counted} windows each; ± is half the 95 % interval of the mean, over"
+            f"{windows_each} each; ± is half the 95 % interval of the mean, over"
             + (
                 " windows (bootstrap), given these prompts."
                 if None in prompts
-                else f" windows (bootstrap) and {max(prompts):,} prompts."
+                else f" windows (bootstrap) and {counted(max(prompts), 'prompt')}."
             )
         )
     else:
-        yield f"{counted} windows each."
+        yield f"{windows_each} each."
     if detailed:
         yield "late: answered late, or failed; rej.: rejected; p50 to p99: latency per token."
     if any(row["reference"] for row in summary):
@@ -186,7 +187,8 @@ def _notes(summary: Sequence[Row], *, detailed: bool) -> Iterable[str]:
         extra = max(row["overlapping_windows"] for row in summary if row["workload"] == workload)
         if extra:
             yield (
-                f"{workload}: {extra} of the windows overlap others of the trace, so its intervals"
+                f"{workload}: {extra} of the windows {'overlaps' if extra == 1 else 'overlap'}"
+                " others of the trace, so its intervals"
                 " are too narrow; fewer --requests give more windows apart."
             )
     if fewest < MIN_WINDOWS:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ def collect(
         task, window = run.task, run.task.window
         return (
             plan.workloads.index(window.workload),
-            window.load,
+            window.load or 0.0,
             plan.limits.index(window.limit),
             plan.admissions.index(task.admission),
             plan.deciders.index(task.decider),
@@ -90,14 +90,42 @@ def collect(
     descriptions: dict[str, str] = {}
     for run in ordered:
         descriptions.setdefault(run.task.window.workload, run.description)
+    own_load: list[dict[str, Any]] = [{} for _ in ordered]
+    if plan.as_recorded:
+        own_load = [{"window_load": run.load} for run in ordered]
+        ordered = _with_loads(ordered, descriptions)
     return Results(
-        runs=_frame([_labels(run) | asdict(run.metrics) for run in ordered]),
+        runs=_frame(
+            [
+                _labels(run) | own | asdict(run.metrics)
+                for run, own in zip(ordered, own_load, strict=True)
+            ]
+        ),
         routing=_frame([row for run in ordered for row in _routing_rows(run)]),
         timeline=_frame([row for run in ordered for row in _timeline_rows(run)]),
         prompts=_frame([row for run in ordered for row in _prompt_rows(run)]),
         descriptions=descriptions,
         setting=dict(setting or {}),
     )
+
+
+def _with_loads(runs: Sequence[Run], descriptions: dict[str, str]) -> list[Run]:
+    """Runs of windows as recorded under their workload's mean load; described by all of them."""
+    by_workload: dict[str, dict[int, float]] = {}
+    for run in runs:
+        window = run.task.window
+        own = math.nan if run.load is None else run.load
+        by_workload.setdefault(window.workload, {})[window.seed] = own
+    means = {name: round(float(np.mean(list(o.values()))), 3) for name, o in by_workload.items()}
+    for name, own_loads in by_workload.items():
+        low, high = min(own_loads.values()), max(own_loads.values())
+        spread = f", its windows {low:.3g} to {high:.3g}" if len(own_loads) > 1 else ""
+        descriptions[name] += f"; as recorded its load is {means[name]:g}{spread}"
+    found = []
+    for run in runs:
+        window = replace(run.task.window, load=means[run.task.window.workload])
+        found.append(replace(run, task=replace(run.task, window=window)))
+    return found
 
 
 def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:

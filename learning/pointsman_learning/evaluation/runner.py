@@ -42,6 +42,8 @@ class Run:
     routing: Routing
     timeline: Timeline
     prompts: Prompts | None
+    load: float | None
+    """The scenario's own, where it is known."""
     description: str
     """Where the scenario's parts come from."""
     wall_s: float
@@ -61,6 +63,7 @@ def run(task: Task, source: Source) -> Run:
         routing=routing(outcome),
         timeline=timeline(outcome),
         prompts=prompts(outcome),
+        load=scenario.load,
         description=scenario.description,
         wall_s=time.perf_counter() - start,
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pointsman_common.wording import counted
 from pointsman_core.deciders import (
     ADMISSION_MARGINS,
     Decider,
@@ -380,7 +381,10 @@ def _halve(
         scores = [_mean(space, values, windows[:count], measure) for values in left]
         order = np.argsort([-score for score in scores], kind="stable")
         best = left[order[0]]
-        report(f"{space.algorithm}: {len(left)} on {count} windows, best {max(scores):.4f} {best}")
+        report(
+            f"{space.algorithm}: {len(left)} on {counted(count, 'window')},"
+            f" best {max(scores):.4f} {best}"
+        )
         kept = max(round(len(left) * effort.keep), 1)
         left = [left[i] for i in order[: max(kept, 2)]]
     return left[0]

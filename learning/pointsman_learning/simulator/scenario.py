@@ -88,6 +88,8 @@ class Scenario:
     failed endpoint until then is lost; one that leaves still serves it."""
     gauges: Gauges = field(default_factory=Gauges)
     seed: int = 0
+    load: float | None = None
+    """Arrival rate as a share of the endpoints' capacity, where that was estimated."""
     description: str = ""
     """Where the parts come from, shown beside every result."""
 

@@ -6,6 +6,7 @@ from typing import Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pointsman_common.files import reason
 from pointsman_learning.training.dataset import Credit
 from pointsman_learning.training.domain import Domain
 from pointsman_learning.training.rollouts import RolloutOptions
@@ -116,9 +117,9 @@ class TrainConfig(_Strict):
 
         """
         try:
-            content = yaml.safe_load(file.read_text()) or {}
-        except OSError as error:
-            raise ConfigError(f"{file}: {error.strerror or error}") from error
+            content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: {reason(error)}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{file}: is no YAML: {' '.join(str(error).split())}") from error
         return cls.parse(content, source=str(file))

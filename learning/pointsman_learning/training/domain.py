@@ -9,8 +9,10 @@ from typing import ClassVar
 import numpy as np
 from pydantic import ConfigDict
 
+from pointsman_common.data_folder import TEST_SCORES, TRACES
 from pointsman_core.resources import Admission
 from pointsman_core.state import FloatArray
+from pointsman_core.workload import WorkloadError
 from pointsman_learning.simulator.scenario import Scenario
 from pointsman_learning.workloads import (
     ArrivalProcess,
@@ -29,7 +31,6 @@ from pointsman_learning.workloads import (
     user_arrivals,
     user_corpus,
 )
-from pointsman_learning.workloads.folder import TEST_SCORES, TRACES
 
 LEARNED, DECLARED, NOISY = "learned", "declared", "noisy"
 """Predicted quality: out of fold, declared priors, or out of fold drawn towards its mean."""
@@ -98,6 +99,26 @@ class Domain:
             admission=Admission.REJECT if rejects else Admission.BEST_EFFORT,
         )
         return Drawn(scenario, process=name, load=load, limits=limits, pool=pool.name)
+
+    def check(self) -> None:
+        """Load all that scenarios are drawn from, so that what is wrong with it is told at once.
+
+        Raises:
+            ManifestErrors, WorkloadError: it cannot be used, or no workload's data is at hand.
+
+        """
+        if not self._known_processes():
+            raise WorkloadError("the data of none of them is at hand", source="domain.processes")
+        for name in self._known_processes():
+            make_scenario(
+                pool_snapshot=_site(self.experts, self.policy),
+                process=self._process(np.random.default_rng(0), name),
+                load=1.0,
+                split="train",
+                requests=2,
+                seed=0,
+                corpus=_corpus(self.quality_data),
+            )
 
     def _predictor(self, rng: np.random.Generator) -> FloatArray | None:
         """(P, X) predicted quality; None: declared priors."""

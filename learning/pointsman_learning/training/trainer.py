@@ -1,9 +1,9 @@
 """A whole training run: labels, warm start, a second round, soft actor-critic, export.
 
 Everything lives in one folder: ``labels-1/``, ``labels-2/``, ``replay/``, ``checkpoint.pt``,
-``curves.csv``, and at the end ``han_drl.onnx`` and ``model_card.json``. A run that was broken
-off goes on from the last finished epoch or round and ends with the same weights: every random
-draw has a stream of its own, named by stage and number, so no generator's state is kept.
+``curves.csv``, and at the end ``han_drl.onnx`` and ``training_report.json``. A run that was
+broken off goes on from the last finished epoch or round and ends with the same weights: every
+random draw has a stream of its own, named by stage and number, so no generator's state is kept.
 """
 
 import csv
@@ -20,6 +20,7 @@ import torch
 from pointsman_core.graph import schema_hash
 from pointsman_core.state import IntArray
 from pointsman_learning.han import HanConfig, HanNetwork
+from pointsman_learning.resumed import differences
 from pointsman_learning.training import checkpoints, labelling
 from pointsman_learning.training.config import ConfigError, TrainConfig
 from pointsman_learning.training.dataset import LabelledStates
@@ -37,6 +38,7 @@ from pointsman_learning.training.warm import (
 
 WARM, AGAIN, SAC, DONE = "warm start", "second round", "soft actor-critic", "done"
 STAGES = (WARM, AGAIN, SAC, DONE)
+LABELS = "labels"
 SECOND_ROUND_SEED = 100_000_000
 SECOND_RATE = 0.3
 """Of the first round's learning rate."""
@@ -51,9 +53,12 @@ class Event:
     """What the run tells whoever watches it."""
 
     stage: str
+    """`LABELS`, or a stage of `STAGES`."""
     text: str
     done: int = 0
     total: int = 0
+    during: str = ""
+    """The stage that labels are made for; empty: this one."""
 
 
 Report = Callable[[Event], None]
@@ -64,7 +69,8 @@ class Result:
     """What came out."""
 
     model: Path
-    card: Path
+    report: Path
+    """Provenance and metrics; ``pointsman model-card`` makes the model's card."""
     rows: tuple[Row, ...]
     estimator: EstimatorReport
     finished: bool
@@ -114,7 +120,7 @@ class Trainer:
         """Prepare it; ``command`` is what started it, for the model's provenance."""
         self.config, self.folder = config, folder
         self._jobs, self._ray, self._report = jobs, ray, report
-        self._command = command
+        self._command, self._prepared = command, False
         self._started = time.monotonic()
         self._deadline = None if minutes is None else self._started + 60.0 * minutes
         # One thread: these products are small, and sums of several threads differ by machine.
@@ -144,15 +150,27 @@ class Trainer:
 
     # --- the whole ---------------------------------------------------------------------
 
-    def run(self, *, resume: bool = False) -> Result:
-        """Train, export and compare.
+    def prepare(self, *, resume: bool = False) -> None:
+        """Look at all that is given and at the folder, before anything takes time.
 
         Raises:
-            ConfigError: the folder holds another run, or one that is to be resumed explicitly.
+            ConfigError: the folder holds another run, or one that is to be resumed explicitly;
+                or no workload is at hand.
             CheckpointError: there is nothing to resume, or it is damaged.
+            ManifestErrors, WorkloadError: what is trained on cannot be used.
 
         """
+        if self._prepared:
+            return
+        if not self.validation.scenarios:
+            raise ConfigError("validation.workloads: the data of none of them is at hand")
+        self.config.domain.check()
         self._open(resume=resume)
+        self._prepared = True
+
+    def run(self, *, resume: bool = False) -> Result:
+        """Train, export and compare; raises as `prepare`."""
+        self.prepare(resume=resume)
         try:
             if self.stage == WARM:
                 self._regress(self._labels(1), AGAIN)
@@ -173,12 +191,15 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "config.json"
         text = self.config.model_dump_json(indent=2) + "\n"
+        begun = (self.folder / "checkpoint.pt").exists()
         if resume:
-            if file.exists() and file.read_text() != text:
-                raise ConfigError(f"{file}: the run to be resumed had another configuration")
-            self._restore(checkpoints.load(self.folder / "checkpoint.pt"))
+            if file.exists():
+                _require_same(file, self.config)
+            # Broken off among its first labels a run has no more than these and its settings.
+            if begun or not file.exists():
+                self._restore(checkpoints.load(self.folder / "checkpoint.pt"))
             return
-        if (self.folder / "checkpoint.pt").exists():
+        if begun:
             raise ConfigError(f"{self.folder}: holds a run; resume it, or use another folder")
         file.write_text(text)
 
@@ -215,7 +236,7 @@ class Trainer:
         for one in labelling.run(todo, jobs=self._jobs, ray=self._ray):
             made, labels, seconds = made + 1, labels + one.labels, seconds + one.cpu_s
             text = f"{labels:,} labels, {labels / max(seconds, 1e-9):.0f} per CPU second"
-            self._report(Event("labels", text, made, len(todo)))
+            self._report(Event(LABELS, text, made, len(todo), during=self.stage))
             # Half of the time at most goes into labels; what is there is learned from.
             if self._deadline is not None and time.monotonic() > self._half_time():
                 break
@@ -433,7 +454,7 @@ class Trainer:
             "kept": self._best["at"] or "the untrained network",
             "finished": finished,
         }
-        model, card = self.folder / "han_drl.onnx", self.folder / "model_card.json"
+        model, report = self.folder / "han_drl.onnx", self.folder / "training_report.json"
         model.write_bytes(export(network, provenance=provenance, metrics=metrics))
         content = {
             "model": model.name,
@@ -442,8 +463,21 @@ class Trainer:
             "provenance": provenance,
             "metrics": metrics,
         }
-        card.write_text(json.dumps(content, indent=2) + "\n")
-        return Result(model, card, rows, estimator, finished)
+        report.write_text(json.dumps(content, indent=2) + "\n")
+        return Result(model, report, rows, estimator, finished)
+
+
+def _require_same(file: Path, config: TrainConfig) -> None:
+    """Refuse to go on with a run of other settings."""
+    try:
+        was = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file}: is damaged: {error}") from error
+    changed = differences(was, json.loads(config.model_dump_json()))
+    if changed:
+        raise ConfigError(
+            f"{file.parent}: the run to be resumed had other settings: {'; '.join(changed)}"
+        )
 
 
 def _han_config(config: TrainConfig) -> HanConfig:

@@ -33,14 +33,17 @@ class ValidationOptions:
     workloads: tuple[str, ...] = ("poisson", "on-off", "azure-conv", "azure-code")
     loads: tuple[float, ...] = (0.5, 0.9)
     limits: tuple[str, ...] = ("x1", "x2.5", "x5")
-    reject: tuple[bool, ...] = (True,)
+    reject: tuple[bool, ...] = (True, False)
+    """Whether requests may be rejected, and whether all are served with best effort."""
     seeds: int = 4
     requests: int = 400
     worlds_at_once: int = 24
 
     def cells(self) -> Iterator[tuple[str, float, str, bool]]:
-        """Kinds of windows."""
-        yield from product(self.workloads, self.loads, self.limits, self.reject)
+        """Kinds of windows, those of one admission after the other: each keeps its windows."""
+        for rejects in self.reject:
+            for cell in product(self.workloads, self.loads, self.limits):
+                yield (*cell, rejects)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

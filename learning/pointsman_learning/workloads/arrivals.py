@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pointsman_common.data_folder import TRACES
 from pointsman_core.state import FloatArray, IntArray
 from pointsman_core.workload import (
     INPUT_TOKENS,
@@ -22,7 +23,7 @@ from pointsman_core.workload import (
     parse_arrivals,
 )
 from pointsman_learning.workloads.corpus import Split, check_split
-from pointsman_learning.workloads.folder import TRACES, DataFolder, read_text
+from pointsman_learning.workloads.folder import DataFolder, read_text
 
 
 class Process(StrEnum):
@@ -105,6 +106,8 @@ class Window:
     """(N,) ascending, from 0."""
     input_tokens: IntArray
     output_tokens: IntArray
+    rate: float
+    """Mean arrivals per second."""
     note: str
     """Which part of what it is, for the scenario's description."""
 
@@ -130,25 +133,29 @@ class ArrivalProcess:
         self,
         *,
         requests: int,
-        rate: float,
+        rate: float | None,
         seed: int,
         rng: np.random.Generator,
         sizes_rng: np.random.Generator,
     ) -> Window:
-        """Draw a window of a mean rate, in requests per second.
+        """Draw a window of a mean rate, in requests per second; None: a trace's own times.
 
         ``seed`` chooses a held-out trace's window, see `window_start`; all else is drawn from
         ``rng``, alike for every rate but for the time scale, and sizes from ``sizes_rng``.
         Windows of traces and of the on-off process have exactly that rate, since a few bursts
         more or less would otherwise be another load; Poisson arrivals vary as they do.
         """
-        if requests < 1 or not (rate > 0 and math.isfinite(rate)):
+        if requests < 1 or not (rate is None or (rate > 0 and math.isfinite(rate))):
             raise WorkloadError(
                 f"needs at least 1 request at a rate above 0 (got {requests} at {rate}/s)",
                 source=self.name,
             )
         if self.trace is not None:
             return self._trace_window(self.trace, requests=requests, rate=rate, seed=seed, rng=rng)
+        if rate is None:
+            raise WorkloadError(
+                "has no times of its own: only a trace is replayed as recorded", source=self.name
+            )
         moments = np.cumsum(rng.exponential(1.0, size=requests))
         if self.on_off is None:
             seconds, note = moments / rate, "Poisson arrivals"
@@ -161,10 +168,16 @@ class ArrivalProcess:
             )
         inputs, outputs = self.sizes.draw(sizes_rng, requests)
         note += f", sizes drawn from {self.sizes.source}"
-        return Window(seconds - seconds[0], inputs, outputs, note)
+        return Window(seconds - seconds[0], inputs, outputs, rate, note)
 
     def _trace_window(
-        self, trace: Arrivals, *, requests: int, rate: float, seed: int, rng: np.random.Generator
+        self,
+        trace: Arrivals,
+        *,
+        requests: int,
+        rate: float | None,
+        seed: int,
+        rng: np.random.Generator,
     ) -> Window:
         if requests > len(trace):
             raise WorkloadError(
@@ -179,9 +192,12 @@ class ArrivalProcess:
         cut = trace.window(start=start, requests=requests, rate=rate)
         note = (
             f"arrivals and sizes of {trace.source}, window from request {start + 1}"
-            f" ({place}; {self.disjoint_windows(requests)} disjoint ones exist), time-scaled"
+            f" ({place}; {self.disjoint_windows(requests)} disjoint ones exist),"
+            f" {'as recorded' if rate is None else 'time-scaled'}"
         )
-        return Window(cut.seconds, cut.input_tokens, np.maximum(cut.output_tokens, 1), note)
+        outputs = np.maximum(cut.output_tokens, 1)
+        own_rate = cut.rate if rate is None else rate
+        return Window(cut.seconds, cut.input_tokens, outputs, own_rate, note)
 
 
 def window_start(length: int, *, requests: int, seed: int) -> tuple[int, bool]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import orjson
 
+from pointsman_common.data_folder import TEST_SCORES
 from pointsman_core import workload
 from pointsman_core.prediction import Keywords, detect_domain, fold_keywords
 from pointsman_core.resources import DomainRule
@@ -26,7 +27,6 @@ from pointsman_core.workload import QualityTable, WorkloadError, parse_quality
 from pointsman_learning.workloads.folder import (
     ANSWERS,
     TASKS,
-    TEST_SCORES,
     TRAIN_SCORES,
     DataFolder,
     read_text,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 
+from pointsman_common.files import reason
 from pointsman_learning.workloads.folder import DataFile, digest
 
 ATTEMPTS = 4
@@ -57,7 +58,7 @@ def fetch_file(
         _check_part(file, part)
         part.rename(target)
     except OSError as error:
-        raise FetchError(f"{target}: {error}") from error
+        raise FetchError(f"{target}: {reason(error)}") from error
     return Fetched.RESUMED if resumed else Fetched.DOWNLOADED
 
 

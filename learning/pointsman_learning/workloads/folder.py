@@ -1,15 +1,18 @@
 """The folder of public data: where it is, what belongs into it, and whose it is."""
 
 import hashlib
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pointsman_common.data_folder import (
+    DATA_VARIABLE,
+    TEST_SCORES,
+    TRACES,
+    NoDataFolderError,
+    find_data_folder,
+)
+from pointsman_common.files import reason
 from pointsman_core.workload import WorkloadError
-
-DATA_VARIABLE = "POINTSMAN_DATA"
-"""Environment variable that names the data folder."""
 
 _AZURE = (
     "https://raw.githubusercontent.com/Azure/AzurePublicDataset/"
@@ -39,13 +42,7 @@ class DataFile:
     """What it holds, in a few words."""
 
 
-TRACES: Mapping[str, str] = {
-    "azure-conv": "azure_llm_2023/AzureLLMInferenceTrace_conv.csv",
-    "azure-code": "azure_llm_2023/AzureLLMInferenceTrace_code.csv",
-}
-"""Path of each arrival trace in the data folder."""
 TRAIN_SCORES = "llmrouter/train.json"
-TEST_SCORES = "llmrouter/test.json"
 TASKS = ("llmrouter/default_query_train.jsonl", "llmrouter/default_query_test.jsonl")
 ANSWERS = "llmrouter/router_train_data_nq.json"
 
@@ -113,17 +110,6 @@ FILES: tuple[DataFile, ...] = (
 """All that `pointsman data fetch` downloads."""
 
 
-def checkout() -> Path:
-    """Root of the checkout that this runs from."""
-    return Path(__file__).resolve().parents[3]
-
-
-def user_folder() -> Path:
-    """Where data goes and is found when nothing else is named."""
-    base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(base) / "pointsman"
-
-
 @dataclass(frozen=True, slots=True)
 class DataFolder:
     """A folder that holds some or all of `FILES`."""
@@ -132,19 +118,12 @@ class DataFolder:
 
     @classmethod
     def find(cls) -> "DataFolder | None":
-        """Look where data may be; None when there is no such folder.
-
-        First ``POINTSMAN_DATA``, then ``../shared/data`` beside the checkout, then
-        `user_folder`. Raises WorkloadError when the variable names no folder.
-        """
-        if named := os.environ.get(DATA_VARIABLE):
-            if not Path(named).is_dir():
-                raise WorkloadError("is not a folder", source=f"{DATA_VARIABLE}={named}")
-            return cls(Path(named))
-        for folder in (checkout().parent / "shared" / "data", user_folder()):
-            if folder.is_dir():
-                return cls(folder)
-        return None
+        """As `find_data_folder`; raises WorkloadError when the environment names no folder."""
+        try:
+            found = find_data_folder()
+        except NoDataFolderError as error:
+            raise WorkloadError(str(error), source="data folder") from None
+        return None if found is None else cls(found)
 
     @classmethod
     def require(cls) -> "DataFolder":
@@ -179,7 +158,7 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise WorkloadError(f"cannot be read: {error}", source=str(file)) from error
+        raise WorkloadError(f"cannot be read: {reason(error)}", source=str(file)) from error
 
 
 def digest(file: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pointsman_common.data_folder import checkout
 from pointsman_core.batching import BLOCK_TOKENS
 from pointsman_core.capacity import capacity as endpoints_capacity
 from pointsman_core.cost import CostModel
@@ -29,7 +30,7 @@ from pointsman_core.snapshot import NO_VERSION, Candidate, Snapshot, compile_sna
 from pointsman_core.state import FloatArray, IntArray
 from pointsman_core.workload import WorkloadError
 from pointsman_learning.workloads.corpus import Corpus
-from pointsman_learning.workloads.folder import checkout, read_text
+from pointsman_learning.workloads.folder import read_text
 
 EDGE_SITE = Path("examples") / "edge-site"
 

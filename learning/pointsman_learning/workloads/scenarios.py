@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pointsman_common.data_folder import TEST_SCORES
 from pointsman_core.prediction import DeclaredPriors
 from pointsman_core.resources import Admission, Algorithm
 from pointsman_core.snapshot import Snapshot
@@ -29,7 +30,7 @@ from pointsman_learning.workloads.arrivals import (
     arrival_process,
 )
 from pointsman_learning.workloads.corpus import SPLITS, Corpus, Split, check_split, load_corpus
-from pointsman_learning.workloads.folder import TEST_SCORES, DataFolder
+from pointsman_learning.workloads.folder import DataFolder
 from pointsman_learning.workloads.pools import (
     Pool,
     capacity,
@@ -216,7 +217,7 @@ def make_scenario(
     *,
     pool_snapshot: Snapshot | Pool,
     process: str | ArrivalProcess,
-    load: float,
+    load: float | None,
     limits: str | float | Limits = "x1",
     split: Split,
     requests: int,
@@ -236,7 +237,8 @@ def make_scenario(
     Args:
         pool_snapshot: the endpoints; a `Pool` if it has experts that are blends.
         process: name of an arrival process, or one made for the same split.
-        load: arrival rate as a share of the pool's `capacity` on the source's mean lengths.
+        load: arrival rate as a share of the pool's `capacity` on the source's mean lengths;
+            None: a trace's arrivals as they were recorded, whatever load that is.
         limits: see `limits_of`.
         split: which prompts, and which part of a trace.
         requests: N.
@@ -259,7 +261,7 @@ def make_scenario(
 
     """
     check_split(split)
-    if not (load > 0 and math.isfinite(load)):
+    if load is not None and not (load > 0 and math.isfinite(load)):
         raise WorkloadError(f"must be above 0 (got {load})", source="load")
     if not length_error >= 0:
         raise WorkloadError(f"must be at least 0 (got {length_error})", source="length_error")
@@ -272,12 +274,18 @@ def make_scenario(
     joined = _Joined.of(pool, known, admission=admission, algorithm=algorithm)
     arrivals = _process(process, split)
     streams = _streams(seed, split)
-    rate = load * joined.capacity(arrivals.sizes)
+    whole = joined.capacity(arrivals.sizes)
     window = joined.fitted(
         arrivals.window(
-            requests=requests, rate=rate, seed=seed, rng=streams.arrivals, sizes_rng=streams.sizes
+            requests=requests,
+            rate=None if load is None else load * whole,
+            seed=seed,
+            rng=streams.arrivals,
+            sizes_rng=streams.sizes,
         )
     )
+    as_recorded = load is None
+    load = window.rate / whole if load is None else load
     rows = _shuffled(streams.prompts, joined.scored_prompts(), requests)
     columns = joined.columns(rows)
     # The same noise for every endpoint: what is hard to tell is how much the prompt asks for.
@@ -309,10 +317,12 @@ def make_scenario(
         availability=mishaps(streams.mishaps, joined.endpoints, duration_s) if mishaps else (),
         gauges=gauges or Gauges(),
         seed=seed,
+        load=load,
         description="composed: "
         + "; ".join(
             (
-                f"{window.note} to {rate:.3g} requests/s (load {load:g})",
+                f"{window.note}{' at' if as_recorded else ' to'} {window.rate:.3g} requests/s"
+                f" (load {load:{'.3g' if as_recorded else 'g'}})",
                 f"prompts and scores from {known.source}",
                 _lengths_note(known, length_error, learned=predicted_tokens),
                 f"quality predicted by {quality_from}",

@@ -6,9 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from pointsman_cli.main import app
+from pointsman_common.data_folder import TRACES
 from pointsman_learning.workloads import folder as folder_module
 from pointsman_learning.workloads.fetch import Fetched, FetchError
-from pointsman_learning.workloads.folder import FILES, TRACES, DataFile
+from pointsman_learning.workloads.folder import FILES, DataFile
 
 
 @pytest.fixture

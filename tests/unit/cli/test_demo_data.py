@@ -2,8 +2,6 @@ import numpy as np
 import pytest
 
 from pointsman_cli.demo.data import (
-    SCORES,
-    TRACES,
     SiteGrader,
     column_of,
     data_folder,
@@ -14,6 +12,7 @@ from pointsman_cli.demo.data import (
 from pointsman_cli.demo.errors import DemoError
 from pointsman_cli.demo.options import WorkloadName
 from pointsman_cli.demo.site import Site, load_site
+from pointsman_common.data_folder import TEST_SCORES, TRACES
 from pointsman_core.workload import WorkloadError
 
 MANIFESTS = """
@@ -55,7 +54,7 @@ def site() -> Site:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    for name, text in ((TRACES[WorkloadName.AZURE_CONV], TRACE), (SCORES, QUESTIONS)):
+    for name, text in ((TRACES[WorkloadName.AZURE_CONV], TRACE), (TEST_SCORES, QUESTIONS)):
         path = tmp_path / name
         path.parent.mkdir()
         path.write_text(text)
@@ -75,12 +74,12 @@ def test_auto_takes_real_data_where_present(site):
     workload = make_workload(traces, site, requests=4, rate=2.0, seed=0)
     assert workload.description.startswith("composed: arrivals")
     assert "AzureLLMInferenceTrace_conv.csv" in workload.description
-    assert SCORES in workload.description
+    assert TEST_SCORES in workload.description
     assert mean_input_tokens(workload, 100) == 100.0
 
 
 def test_auto_falls_back_to_the_generator(site, folder):
-    (folder / SCORES).unlink()
+    (folder / TEST_SCORES).unlink()
     traces = load_traces(WorkloadName.AUTO)
     assert traces is None
     workload = make_workload(traces, site, requests=4, rate=2.0, seed=0)
@@ -105,14 +104,27 @@ def test_a_named_folder_must_be_there(monkeypatch, tmp_path):
         data_folder()
 
 
+def test_what_was_fetched_is_found(monkeypatch, tmp_path, folder):
+    """`pointsman data fetch` puts it there when nothing else is named."""
+    monkeypatch.delenv("POINTSMAN_DATA")
+    monkeypatch.setattr("pointsman_common.data_folder.checkout", lambda: tmp_path / "x" / "y")
+    home = tmp_path / "home"
+    monkeypatch.setenv("XDG_DATA_HOME", str(home))
+    assert data_folder() is None
+    home.mkdir()
+    (home / "pointsman").symlink_to(folder)
+    assert data_folder() == home / "pointsman"
+    assert load_traces(WorkloadName.AUTO) is not None
+
+
 def test_unreadable_files_are_told(folder):
-    (folder / SCORES).write_bytes(b"\xff\xfe")
+    (folder / TEST_SCORES).write_bytes(b"\xff\xfe")
     with pytest.raises(DemoError, match="cannot be read"):
         load_traces(WorkloadName.AUTO)
 
 
 def test_bad_files_are_told_with_their_place(folder):
-    (folder / SCORES).write_text("[1]")
+    (folder / TEST_SCORES).write_text("[1]")
     with pytest.raises(WorkloadError, match=r"test\.json, row 1"):
         load_traces(WorkloadName.AUTO)
 

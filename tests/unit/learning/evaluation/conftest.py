@@ -113,6 +113,7 @@ def fake_run(task: Task) -> Run:
         routing=Routing(("code", "math"), ("chat", "coder"), requests, requests * 0.5),
         timeline=Timeline(1.0, np.arange(60), np.arange(60) * 0.5),
         prompts=_prompts(qos, requests=100),
+        load=window.load,
         description=f"made up, window {window.seed}",
         wall_s=0.1,
     )

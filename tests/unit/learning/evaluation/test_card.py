@@ -157,6 +157,18 @@ def test_what_it_is_for(content: bytes, write: Write) -> None:
     assert "### `random:24`, an endpoint lost and one added in each window\n" in wider
 
 
+def test_one_window_and_one_endpoint_are_no_plurals(content: bytes, write: Write) -> None:
+    def one(document: dict[str, Any]) -> None:
+        document["setting"]["endpoints"] = 1
+        for row in document["summary"]:
+            row["windows"], row["overlapping_windows"] = 1, int(row["workload"] == "azure-code")
+
+    card = card_of(content, write(change=one))
+    assert "`, 1 endpoint; workloads" in card
+    assert ": 1 window of 100 requests in each of 4 cells;" in card
+    assert "1 window of azure-code overlaps others: its intervals are too narrow." in card
+
+
 def test_results_against_every_decider(content: bytes, write: Write) -> None:
     card = card_of(content, write())
     lines = card.splitlines()
@@ -302,22 +314,24 @@ def test_from_a_model_to_its_card(
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere.onnx", "No such file"), ("broken.onnx", "broken.onnx is no ONNX model")],
+    [("nowhere.onnx", "there is no such file"), ("broken.onnx", "broken.onnx is no ONNX model")],
 )
 def test_models_that_cannot_be_read(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no model")
-    result = command(tmp_path / name, "--evaluation", tmp_path / "nowhere.json")
+    result = command(tmp_path / name, "--evaluation", tmp_path / "broken.onnx")
     assert result.exit_code == 2
-    assert "Invalid value for MODEL: " in result.stderr
+    assert "Invalid value for" in result.stderr
+    assert "MODEL" in result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.output
 
 
 def test_evaluations_that_cannot_be_read(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tiny.onnx").write_bytes(content)
-    result = command(tmp_path / "tiny.onnx", "--evaluation", tmp_path / "nowhere.json")
+    (tmp_path / "broken.json").write_text("[")
+    result = command(tmp_path / "tiny.onnx", "--evaluation", tmp_path / "broken.json")
     assert result.exit_code == 2
-    assert "Invalid value for --evaluation: nowhere.json: No such file" in result.stderr
+    assert "Invalid value for --evaluation: broken.json: is no evaluation.json" in result.stderr
     assert command(tmp_path / "tiny.onnx").exit_code == 2
 
 
@@ -328,4 +342,4 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, content: bytes, write:
         *("--output", tmp_path / "nowhere" / "card.md"),
     )
     assert result.exit_code == 2
-    assert "Invalid value for --output: " in result.stderr
+    assert "Invalid value for '--output': " in result.stderr

@@ -14,7 +14,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pointsman_cli.main import app
-from pointsman_learning.evaluation import contenders
+from pointsman_learning.evaluation import Run, contenders
+from pointsman_learning.evaluation.journal import FILE, Journal
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,8 @@ def said(result: Result) -> str:
         (["--workloads", "posson"], "--workloads: posson: choose from poisson, on-off"),
         (["--workloads", "azure-conv"], "--workloads: "),
         (["--loads", "0.5,zero"], "--loads: zero: must be a number above 0"),
+        (["--loads", "as-recorded,0.5"], "--loads: as-recorded stands alone"),
+        (["--loads", "As-Recorded"], "--loads: poisson has no times of its own to be replayed"),
         (["--loads", "-1"], "--loads: -1: must be a number above 0"),
         (["--base-limits", "50,fast"], "--base-limits: fast: must be a number above 0"),
         (["--limits", "loose"], "--limits: must be one of x1"),
@@ -49,17 +52,12 @@ def said(result: Result) -> str:
         (["--seeds", "0"], "'--seeds': Input should be greater than or equal to 1"),
         (["--requests", "1"], "'--requests': Input should be greater than or equal to 10"),
         (["--jobs", "0"], "'--jobs': Input should be greater than or equal to 1"),
-        (["--predictor", "nowhere.onnx"], "--predictor: [Errno 2] No such file"),
-        (["--experts", "nowhere.yaml"], "--experts: nowhere.yaml: cannot be read"),
         (["--pool", "random"], "--pool: must be edge-site, random:N, unseen-boards:N or a range"),
         (["--pool", "random:999"], "--pool: must have 2 to 254 endpoints"),
-        (["--model", "nowhere.onnx"], "--model: [Errno 2] No such file"),
         (["--model", "a b=x"], "--model: a b=x: a name has letters, digits"),
         (["--policy", "other"], "--policy: names a policy in the manifests of --experts"),
-        (["--quality-data", "nowhere.csv"], "--quality-data: nowhere.csv: cannot be read"),
-        (["--arrivals", "nowhere.csv"], "--arrivals: nowhere.csv: cannot be read"),
         (
-            ["--arrivals", "nowhere.csv", "--workloads", "poisson"],
+            ["--arrivals", "/dev/null", "--workloads", "poisson"],
             "--workloads: give either this or --arrivals",
         ),
         (
@@ -122,19 +120,6 @@ def test_a_trace_that_is_too_short(own_files: dict[str, Path]) -> None:
     assert "--requests: trace has fewer than 500 requests" in said(result)
 
 
-def test_a_file_in_the_way(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    result = evaluate("--output-dir", tmp_path / "file")
-    assert result.exit_code == 2
-    assert "--output-dir: " in said(result)
-
-
-def test_a_folder_in_the_way_of_markdown(tmp_path: Path) -> None:
-    result = evaluate("--markdown", tmp_path / "nowhere" / "overview.md")
-    assert result.exit_code == 2
-    assert "Invalid value for --markdown: " in said(result)
-
-
 def test_names_in_any_case_json_only_on_standard_output(tmp_path: Path) -> None:
     result = evaluate(
         *("--workloads", "Poisson", "--loads", "0.9,0.5", "--requests", 50, "--seeds", 2),
@@ -173,7 +158,80 @@ def test_own_data(own_files: dict[str, Path], tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert "trace, load 0.5, limits x2.5, Reject" in result.stdout
-    assert "trace: 1 of the windows overlap" in result.stdout
+    assert "trace: 1 of the windows overlaps others" in result.stdout
+
+
+def test_own_arrivals_as_they_were_recorded(own_files: dict[str, Path], tmp_path: Path) -> None:
+    """One request each half second, then twice that: each window has a load of its own."""
+    rows = [f"{n * 0.5 if n < 100 else 25 + n * 0.25},100,20" for n in range(200)]
+    header = "arrival_seconds,input_tokens,output_tokens"
+    own_files["trace.csv"].write_text("\n".join([header, *rows]))
+    result = evaluate(
+        *("--experts", own_files["site.yaml"], "--quality-data", own_files["scores.csv"]),
+        *("--arrivals", own_files["trace.csv"], "--predictor", "priors", "--jobs", 1, "--json"),
+        *("--deciders", "RoundRobin,Random", "--requests", 100, "--seeds", 2),
+        *("--loads", "as-recorded", "--output-dir", tmp_path / "out"),
+    )
+    assert result.exit_code == 0, result.output
+    document = orjson.loads(result.stdout)
+    assert document["setting"]["as_recorded"] is True
+    first, second = (
+        next(run for run in document["runs"] if run["seed"] == seed) for seed in (0, 1)
+    )
+    assert second["window_load"] == pytest.approx(2 * first["window_load"], rel=0.02)
+    mean = (first["window_load"] + second["window_load"]) / 2
+    assert {run["load"] for run in document["runs"]} == {round(mean, 3)}
+    assert {row["load"] for row in document["summary"]} == {round(mean, 3)}
+    assert {row["windows"] for row in document["summary"]} == {2}
+    assert f"trace, load {round(mean, 3):g}, limits x1, Reject" in result.stderr
+    told = " ".join(result.stderr.split())
+    low, high = first["window_load"], second["window_load"]
+    assert (
+        f"as recorded its load is {round(mean, 3):g}, its windows {low:.3g} to {high:.3g}" in told
+    )
+    assert "time-scaled" not in told
+    timeline = pl.read_parquet(tmp_path / "out" / "timeline.parquet")
+    ends = timeline.group_by("seed").agg(pl.col("end_s").max()).sort("seed")["end_s"].to_list()
+    assert ends == pytest.approx([49.5, 24.75])
+    assert not (tmp_path / "out" / "qos-by-load.png").exists()
+
+
+def test_a_killed_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [
+        *("--workloads", "poisson", "--requests", 30, "--seeds", 3, "--loads", "0.5,0.9"),
+        *("--deciders", "Random,RoundRobin", "--jobs", 1, "--json"),
+    ]
+    whole = evaluate(*options, "--output-dir", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    assert not list((tmp_path / "whole").glob("*.jsonl"))
+    added, count = Journal.add, 0
+
+    def killed(journal: Journal, run: Run) -> None:
+        nonlocal count
+        count += 1
+        if count > 5:
+            raise KeyboardInterrupt
+        added(journal, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", killed)
+        broken = evaluate(*options, "--output-dir", tmp_path / "broken")
+    assert broken.exit_code == 130
+    assert "5 of 12 runs were finished; the same command with --resume goes on" in broken.stderr
+    other = evaluate(*options, "--base-limits", "60", "--output-dir", "broken", "--resume")
+    assert other.exit_code == 2
+    assert "--resume: the evaluation in broken had other settings: base_limits_ms:" in said(other)
+    resumed = evaluate(*options, "--output-dir", tmp_path / "broken", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "5 of 12 runs are finished already" in resumed.stderr
+    assert resumed.stdout == whole.stdout
+    (tmp_path / "broken" / FILE).write_text("of another evaluation")
+    anew = evaluate(*options, "--output-dir", "broken")
+    assert anew.stdout == whole.stdout
+    assert "note: what was broken off in broken begins anew" in anew.stderr
+    again = evaluate(*options, "--output-dir", tmp_path / "broken", "--resume")
+    assert again.exit_code == 2
+    assert "holds no evaluation that was broken off" in said(again)
 
 
 SHIPPED = resources.files("pointsman_core") / "models" / "han_drl.onnx"

@@ -88,3 +88,11 @@ def test_few_windows_show_no_intervals(plan: Plan, fakes: Fake) -> None:
     assert "▼" not in text.split("Average QoS")[0]
     assert "Fewer than 5 windows tell no intervals" in text
     assert "nan" not in text
+
+
+def test_one_window_is_no_plural(plan: Plan, fakes: Fake) -> None:
+    one = replace(plan, workloads=["azure-code"], loads=[0.5], limits=["x1"], seeds=range(1))
+    assert "1 window each." in printed(one, fakes(one))
+    three = replace(one, seeds=range(3))
+    assert "1 of the windows overlaps others of the trace" in printed(three, fakes(three))
+    assert "3 windows each." in printed(three, fakes(three))

@@ -49,7 +49,7 @@ def test_a_run_makes_a_model_a_card_and_curves(config, tmp_path):
     events = []
     result = run(config, tmp_path, events=events)
     assert result.finished
-    card = json.loads(result.card.read_text())
+    card = json.loads(result.report.read_text())
     assert card["provenance"]["labels"] > 50
     assert card["provenance"]["finished"] is True
     kept_one = card["provenance"]["kept"] != "the untrained network"
@@ -99,7 +99,7 @@ def test_a_run_is_not_overwritten(config, tmp_path):
     with pytest.raises(ConfigError, match="holds a run; resume it, or use another folder"):
         run(config, tmp_path)
     other = config.model_copy(update={"seed": 1})
-    with pytest.raises(ConfigError, match="the run to be resumed had another configuration"):
+    with pytest.raises(ConfigError, match=r"had other settings: seed: 0 → 1$"):
         run(other, tmp_path, resume=True)
 
 
@@ -109,6 +109,46 @@ def test_there_must_be_something_to_resume(config, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"nonsense")
     with pytest.raises(checkpoints.CheckpointError, match="is no checkpoint, or a damaged one"):
         run(config, tmp_path, resume=True)
+
+
+def test_a_run_broken_off_among_its_first_labels_goes_on(config, tmp_path):
+    def stop(event):
+        if event.stage == "labels" and event.done == 1:
+            raise BrokenOffError
+
+    with pytest.raises(BrokenOffError):
+        Trainer(config, tmp_path, report=stop).run()
+    kept = sorted(file.name for file in (tmp_path / "labels-1").glob("*.npz"))
+    assert len(kept) == 1
+    other = config.model_copy(update={"seed": 1})
+    with pytest.raises(ConfigError, match="seed: 0 → 1"):
+        run(other, tmp_path, resume=True)
+    events = []
+    assert run(config, tmp_path, resume=True, events=events).finished
+    assert [event.total for event in events if event.stage == "labels"] == [1]
+
+
+def test_damaged_settings_are_told(config, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: is damaged"):
+        run(config, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validation": {"workloads": ("azure-conv",)}}, "validation.workloads: the data of none"),
+        ({"domain": {"processes": {"azure-conv": 1.0}}}, "domain.processes: the data of none"),
+    ],
+)
+def test_workloads_whose_data_is_not_at_hand(config, tmp_path, changes, message):
+    content = config.model_dump()
+    for section, values in changes.items():
+        content[section] |= values
+    trainer = Trainer(TrainConfig.parse(content, source="test"), tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        trainer.prepare()
+    assert not (tmp_path / "out").exists()
 
 
 def test_time_may_run_out(config, tmp_path):
@@ -153,7 +193,7 @@ def test_what_is_worse_than_impact_greedy_is_not_kept(config, tmp_path, monkeypa
         return [replace(row, predicted_gain=lost) for row in compared(*arguments)]
 
     monkeypatch.setattr(Validation, "rows", worse)
-    told = json.loads(run(config, tmp_path).card.read_text())["provenance"]
+    told = json.loads(run(config, tmp_path).report.read_text())["provenance"]
     assert told["trained"] is False
     assert told["kept"] == "the untrained network"
 
@@ -201,5 +241,5 @@ def test_wrong_settings_are_named(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: there is no such file"):
         TrainConfig.load(tmp_path / "none.yaml")

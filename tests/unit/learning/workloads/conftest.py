@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from pointsman_learning.workloads.folder import ANSWERS, TASKS, TEST_SCORES, TRAIN_SCORES
+from pointsman_common.data_folder import TEST_SCORES
+from pointsman_learning.workloads.folder import ANSWERS, TASKS, TRAIN_SCORES
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from pointsman_common.data_folder import TRACES
 from pointsman_core.workload import Arrivals, WorkloadError
 from pointsman_learning.workloads import (
     SPLITS,
@@ -13,7 +14,6 @@ from pointsman_learning.workloads import (
     user_arrivals,
 )
 from pointsman_learning.workloads.arrivals import trace_part, window_start
-from pointsman_learning.workloads.folder import TRACES
 
 
 def draw(process, *, requests=400, rate=4.0, seed=0):

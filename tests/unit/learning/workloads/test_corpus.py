@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
+from pointsman_common.data_folder import user_folder
 from pointsman_core.workload import WorkloadError
 from pointsman_learning.workloads import SPLITS, DataFolder, load_corpus, normalise, user_corpus
-from pointsman_learning.workloads.folder import ANSWERS, TASKS, user_folder
+from pointsman_learning.workloads.folder import ANSWERS, TASKS
 
 QUALITY = """prompt,expert,score,output_tokens
 one,a,1,10
@@ -99,13 +100,11 @@ def test_wrong_files(data_folder, path, content, message):
 
 def test_where_the_folder_is(tmp_path, monkeypatch):
     monkeypatch.setenv("POINTSMAN_DATA", str(tmp_path / "nothing"))
-    with pytest.raises(WorkloadError, match=r"POINTSMAN_DATA=.*nothing: is not a folder"):
+    with pytest.raises(WorkloadError, match=r"POINTSMAN_DATA=.*nothing is not a folder"):
         DataFolder.find()
     monkeypatch.delenv("POINTSMAN_DATA")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.setattr(
-        "pointsman_learning.workloads.folder.checkout", lambda: tmp_path / "somewhere"
-    )
+    monkeypatch.setattr("pointsman_common.data_folder.checkout", lambda: tmp_path / "somewhere")
     assert DataFolder.find() is None
     with pytest.raises(WorkloadError, match="run `pointsman data fetch`, or set POINTSMAN_DATA"):
         DataFolder.require()

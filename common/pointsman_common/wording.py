@@ -14,9 +14,14 @@ def listed(items: Iterable[object]) -> str:
     return f"{shown} and {len(texts) - SHOWN} more" if len(texts) > SHOWN else shown
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 expert``, ``2 experts``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, many: str | None = None) -> str:
+    """``1 expert``, ``2,000 experts``."""
+    return f"{number:,} {noun if number == 1 else many or noun + 's'}"
+
+
+def ranged(fewest: int, most: int, noun: str) -> str:
+    """``5 to 6 windows``, or ``1 window`` where they are alike."""
+    return f"{fewest:,} to {counted(most, noun)}" if fewest != most else counted(most, noun)
 
 
 def share(number: int, total: int, noun: str, *, one: str = "is", many: str = "are") -> str:

@@ -2,12 +2,22 @@
 
 import pytest
 
-from pointsman_operator.wording import counted, listed, share
+from pointsman_common.wording import counted, listed, ranged, share
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 experts"), (1, "1 expert"), (2, "2 experts")])
 def test_counts(number, text):
     assert counted(number, "expert") == text
+
+
+def test_large_and_irregular_counts():
+    assert counted(2000, "expert") == "2,000 experts"
+    assert [counted(n, "process", "processes") for n in (1, 2)] == ["1 process", "2 processes"]
+
+
+def test_ranges():
+    assert ranged(5, 6, "window") == "5 to 6 windows"
+    assert ranged(1, 1, "window") == "1 window"
 
 
 @pytest.mark.parametrize(
