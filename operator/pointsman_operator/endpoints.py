@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 
+from pointsman_common.wording import listed
 from pointsman_core.resources import Backend, LLMExpert
 from pointsman_core.snapshot import canonical_address
 from pointsman_operator.conditions import Reason
@@ -17,7 +18,6 @@ from pointsman_operator.observed import (
     Service,
     ServicePort,
 )
-from pointsman_operator.wording import listed
 
 
 @dataclass(frozen=True, slots=True)
