@@ -72,7 +72,10 @@ def mean_intervals(
     if windows < MIN_WINDOWS:
         return [Interval(float(mean), float("nan"), float("nan")) for mean in means]
     weights = _weights(windows, seed=seed, resamples=resamples)
-    drawn = values @ weights  # (rows, resamples)
+    drawn = np.zeros((len(values), resamples))
+    for value, weight in zip(values.T, weights, strict=True):
+        # Not `values @ weights`: BLAS adds up in an order that depends on memory addresses.
+        drawn += value[:, None] * weight
     low, high = np.quantile(drawn, _tails(windows), axis=1)
     # Rounding must not put the mean outside an interval of no width.
     low, high = np.minimum(low, means), np.maximum(high, means)

@@ -106,3 +106,16 @@ def test_too_few_windows_have_no_interval_over_prompts_either() -> None:
     (wide,) = over_prompts(given, np.array([[[0.0, 0.8], [0.4, 0.8]]]), np.ones((2, 2)))
     assert wide.mean == 0.5
     assert np.isnan([wide.low, wide.high]).all()
+
+
+@pytest.mark.parametrize("windows", [8, 20, 33])
+def test_intervals_do_not_depend_on_where_in_memory_the_values_lie(windows):
+    values = np.random.default_rng(1).random((17, windows))
+    expected = mean_intervals(values)
+    for offset in range(1, 9):
+        room = np.empty(values.size + offset)
+        elsewhere = room[offset:].reshape(values.shape)
+        elsewhere[:] = values
+        assert mean_intervals(elsewhere) == expected
+        for rows in (1, 5):
+            assert mean_intervals(elsewhere[:rows]) == expected[:rows]
