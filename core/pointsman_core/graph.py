@@ -11,7 +11,6 @@ Endpoints that cannot be chosen are not in the graph: nothing that they carry co
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from pointsman_core.deciders.impact import TUNED, Impact, ImpactParameters, expected_impact
 from pointsman_core.observation import Observation
+from pointsman_core.records import record
 from pointsman_core.state import BoolArray, FloatArray, IntArray
 
 Float32Array = NDArray[np.float32]
@@ -129,7 +129,7 @@ def bounded(values: FloatArray) -> FloatArray:
     return values
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class GraphArrays:
     """One decision's graph, or G of them side by side (see `encode`)."""
 

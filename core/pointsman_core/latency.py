@@ -30,13 +30,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from pointsman_core.observation import Observation
+from pointsman_core.records import record
 from pointsman_core.state import BoolArray, FloatArray
 
 INTERFERENCE = 0.3
 """Share of the prefill of requests to come that delays those present; fitted."""
 
+# As arrays: NumPy would make them of Python's numbers at each of many calls.
+_ZERO, _HALF, _ONE = np.array(0.0), np.array(0.5), np.array(1.0)
 
-@dataclass(frozen=True, slots=True)
+
+@record
 class LatencyForecast:
     """What each choice would do, in seconds."""
 
@@ -66,32 +70,40 @@ def forecast(seen: Observation, *, interference: float = INTERFERENCE) -> Latenc
     """Predict latencies for each choice."""
     load = _Load.of(seen)
     where = seen.resident_candidate
-    waits = seen.resident_output_tokens == 0.0
-    left = seen.resident_expected_output - np.maximum(seen.resident_output_tokens, 1.0)
-    own_start, start = _starts(seen, load, left)
+    left = seen.resident_expected_output - np.maximum(seen.resident_output_tokens, _ONE)
+    # Mostly every batch has a place left, for the new request too: then terms drop out.
+    starts = _starts(seen, load, left) if load.overfull() else None
 
     # Prefill under way, and the new request's: with the former if that can start at once.
-    at_once = own_start == 0.0
-    pace = _Pace.of(seen, load, load.to_prefill * at_once + seen.prompt_tokens, interference)
+    together = load.to_prefill if starts is None else load.to_prefill * (starts[0] == _ZERO)
+    pace = _Pace.of(seen, load, together + seen.prompt_tokens, interference)
     before, after = pace.step_s
     early_steps, late_steps = pace.prefill_steps
     early_slower, late_slower = pace.slower_s
-    kept = early_steps * ~at_once
+    early = early_steps[where]
 
-    first = own_start + late_steps
-    last = first + np.maximum(seen.output_tokens - 1.0, 0.0)
-    lead = seen.waited_s + own_start * before + np.minimum(own_start, kept) * early_slower
+    first, lead, end = late_steps, seen.waited_s, left
+    if starts is not None:
+        own_start, start = starts
+        kept = early_steps * (own_start != _ZERO)
+        first = own_start + first
+        lead = lead + own_start * before + np.minimum(own_start, kept) * early_slower
+        end = start + end
+    last = first + np.maximum(seen.output_tokens - _ONE, _ZERO)
     first_token = lead + late_steps * (after + late_slower)
     total = first_token + (last - first) * after
 
-    end = start + left + early_steps[where] * waits
+    end = end + early * load.waits
     elapsed = seen.resident_elapsed_s + end * before[where]
-    shared = np.maximum(np.minimum(end, last[where]) - own_start[where], 0.0)
-    joined = elapsed + shared * (after - before)[where]
     slower = early_slower[where]
-    joined += np.minimum(end, kept[where]) * slower
+    shared = np.minimum(end, last[where])
+    if starts is not None:
+        shared = np.maximum(shared - own_start[where], _ZERO)
+    joined = elapsed + shared * (after - before)[where]
+    if starts is not None:
+        joined += np.minimum(end, kept[where]) * slower
     joined += np.minimum(shared, late_steps[where]) * late_slower[where]
-    alone = elapsed + np.minimum(end, early_steps[where]) * slower
+    alone = elapsed + np.minimum(end, early) * slower
     return LatencyForecast(
         first_token_s=first_token,
         per_token_s=total / seen.output_tokens,
@@ -100,7 +112,7 @@ def forecast(seen: Observation, *, interference: float = INTERFERENCE) -> Latenc
     )
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Load:
     """What is on each endpoint; all (E,), or (2, E): without the new request, and with it."""
 
@@ -108,6 +120,8 @@ class _Load:
     """Requests of ours."""
     share: FloatArray
     """Present requests per one of ours: foreign ones are taken to be like ours."""
+    waits: BoolArray
+    """(R,) requests of ours without a token yet."""
     present: FloatArray
     """(2, E)"""
     slots: FloatArray
@@ -129,41 +143,48 @@ class _Load:
     @classmethod
     def of(cls, seen: Observation) -> "_Load":
         own = seen.present()
-        some = np.maximum(own, 1.0)
+        some = np.maximum(own, _ONE)
+        ours = own > _ZERO
         present = np.empty((2, len(own)))
-        here = np.add(own, seen.foreign, out=present[0])
-        np.add(here, 1.0, out=present[1])
-        share = np.where(own > 0, here / some, 1.0)
+        here = np.add(own, seen.foreign, present[0])
+        np.add(here, _ONE, present[1])
+        share = np.where(ours, here / some, _ONE)
 
-        new_context = seen.prompt_tokens + 0.5 * seen.output_tokens
+        new_context = seen.prompt_tokens + _HALF * seen.output_tokens
         so_far, expected = seen.resident_output_tokens, seen.resident_expected_output
         prompt = seen.resident_prompt_tokens
-        held = seen.per_candidate(prompt + 0.5 * (so_far + expected)) * share
+        waits = so_far == _ZERO
+        held = seen.per_candidate(prompt + _HALF * (so_far + expected)) * share
         # Where only foreign requests are, they are taken to be like the new one.
-        held = np.where(own > 0, held, seen.foreign * new_context)
+        held = np.where(ours, held, seen.foreign * new_context)
 
         fit = seen.cost.kv_capacity_tokens * present[1] / (held + new_context)
-        slots = np.floor(np.maximum(np.minimum(seen.cost.max_sequences, fit), 1.0))
+        slots = np.floor(np.maximum(np.minimum(seen.cost.max_sequences, fit), _ONE))
         running = np.minimum(present, slots)
-        mean_held = held / np.maximum(here, 1.0)
+        mean_held = held / np.maximum(here, _ONE)
         context = np.empty_like(present)
-        np.multiply(mean_held, running[0], out=context[0])
-        np.add(mean_held * (running[1] - 1.0), new_context, out=context[1])
+        np.multiply(mean_held, running[0], context[0])
+        np.add(mean_held * (running[1] - _ONE), new_context, context[1])
         return cls(
             own=own,
             share=share,
+            waits=waits,
             present=present,
             slots=slots,
             running=running,
             context=context,
-            to_prefill=seen.per_candidate(prompt * (so_far == 0.0)),
+            to_prefill=seen.per_candidate(prompt * waits),
             mean_prompt=seen.per_candidate(prompt) / some,
-            rate=own * here / np.maximum(seen.per_candidate(expected), 1.0),
-            room=np.maximum(seen.cost.max_batched_tokens - running[0], 1.0),
+            rate=own * here / np.maximum(seen.per_candidate(expected), _ONE),
+            room=np.maximum(seen.cost.max_batched_tokens - running[0], _ONE),
         )
 
+    def overfull(self) -> bool:
+        """Whether some endpoint has no place in its batch for all, the new request included."""
+        return bool(np.count_nonzero(self.present[1] > self.slots))
 
-@dataclass(frozen=True, slots=True)
+
+@record
 class _Pace:
     """How long steps last; all (2, E): without the new request, and with it."""
 
@@ -186,18 +207,18 @@ class _Pace:
         # one call for all of them costs little more than one for each.
         batch = np.empty((3, *tokens.shape))
         batch[0] = load.running
-        np.add(load.running, np.minimum(load.mean_prompt, room), out=batch[1])
-        np.add(load.running[0], np.minimum(tokens, room), out=batch[2])
+        np.add(load.running, np.minimum(load.mean_prompt, room), batch[1])
+        np.add(load.running[0], np.minimum(tokens, room), batch[2])
         held = np.minimum(load.context, seen.cost.kv_capacity_tokens)
         decode, coming, chunk = seen.cost.iteration_s(tokens=batch, context_tokens=held)
         # Requests to come: as many per step as will have left, each with the mean prompt.
-        chunks = np.maximum(load.mean_prompt / room, 1.0)
-        mixed = interference * np.minimum(load.rate * chunks, 1.0)
+        chunks = np.maximum(load.mean_prompt / room, _ONE)
+        mixed = interference * np.minimum(load.rate * chunks, _ONE)
         step = decode + mixed * (coming - decode)
         return cls(
             step_s=step,
-            prefill_steps=np.maximum(tokens / room, tokens > 0),  # one at least, if any
-            slower_s=np.maximum(chunk - step, 0.0),
+            prefill_steps=np.maximum(tokens / room, tokens > _ZERO),  # one at least, if any
+            slower_s=np.maximum(chunk - step, _ZERO),
         )
 
 
@@ -210,8 +231,6 @@ def _starts(seen: Observation, load: _Load, left: FloatArray) -> tuple[FloatArra
     own, others = np.zeros(len(load.own)), np.zeros(len(left))
     # Only full endpoints are looked at: the longest queue pads all columns below.
     full = load.present[1] > load.slots
-    if not np.count_nonzero(full):
-        return own, others
     there = np.flatnonzero(full[seen.resident_candidate])
     lane = (np.cumsum(full) - 1)[seen.resident_candidate[there]]
     share, slots = load.share[full], load.slots[full]

@@ -13,11 +13,12 @@ import numpy as np
 
 from pointsman_core.cost import CostModel
 from pointsman_core.prediction import DeclaredPriors, Predictor
+from pointsman_core.records import record
 from pointsman_core.snapshot import Candidate, Snapshot
 from pointsman_core.state import BoolArray, FloatArray, IntArray, Residents, StateView
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Request:
     """An arriving request as far as a router knows it."""
 
@@ -110,7 +111,7 @@ def _candidate_layers(rows: IntArray) -> list[IntArray]:
     return layers
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Observation:
     """All that deciders look at."""
 
@@ -152,9 +153,9 @@ class Observation:
 
     def per_candidate(self, values: FloatArray | BoolArray) -> FloatArray:
         """(R,) values of the requests there, summed to (E,)."""
-        return np.bincount(
-            self.resident_candidate, weights=values, minlength=len(self.quality)
-        ).astype(np.float64, copy=False)
+        sums = np.bincount(self.resident_candidate, values, len(self.quality))
+        # Without anyone there they are counts, not sums.
+        return sums if len(values) else sums.astype(np.float64)
 
 
 def observe(

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 
 import numpy as np
@@ -11,6 +11,7 @@ from pointsman_core.deciders import ADMISSION_MARGINS, Decider, Scores, make_dec
 from pointsman_core.latency import forecast
 from pointsman_core.observation import Observation, Request, RoutingTable, observe
 from pointsman_core.prediction import Predictor
+from pointsman_core.records import record
 from pointsman_core.resources import Admission, Algorithm
 from pointsman_core.snapshot import Candidate, Snapshot
 from pointsman_core.state import Admitted, BoolArray, FloatArray, StateView
@@ -27,7 +28,7 @@ MAX_RETRY_TARGETS = 2
 """Endpoints named after the chosen one, for retries on connection failure."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Decision:
     """The endpoint chosen for one request, or why there is none."""
 

@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pointsman_core.records import record
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -41,7 +43,7 @@ class EngineLoad:
     """Tokens generated since the engine started."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Admitted:
     """What is known of a request when it is put on an endpoint."""
 

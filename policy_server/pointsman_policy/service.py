@@ -8,10 +8,10 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from pointsman_core.observation import Request
 from pointsman_core.predictors import Artefact, make_predictor
+from pointsman_core.records import record
 from pointsman_core.router import Decision, Rejection, Router
 from pointsman_core.snapshot import Candidate, Snapshot
 from pointsman_core.state import LiveState
@@ -28,7 +28,7 @@ MAX_LIMIT_MS = 600_000.0
 """The largest latency limit, the same bound as the CRD has."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Limits:
     """A request's own limits; None where the policy's holds."""
 

@@ -22,6 +22,7 @@ from pointsman_core.deciders.impact import TUNED, ImpactParameters, expected_imp
 from pointsman_core.graph import FEATURES, Float32Array, GraphArrays, encode, schema_hash
 from pointsman_core.observation import Observation
 from pointsman_core.onnx_session import METADATA_KEY, SessionError, open_session
+from pointsman_core.records import record
 from pointsman_core.state import FloatArray
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class HanInfo:
         return orjson.dumps(body, option=orjson.OPT_SORT_KEYS).decode()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Answer:
     """What a model says of one graph of E endpoints."""
 

@@ -12,6 +12,7 @@ import numpy as np
 from pointsman_core.deciders.base import Scores
 from pointsman_core.latency import LatencyForecast, forecast
 from pointsman_core.observation import Observation
+from pointsman_core.records import record
 from pointsman_core.state import FloatArray
 
 
@@ -48,7 +49,7 @@ TUNED = ImpactParameters()
 """The defaults."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Impact:
     """What each choice does, in expected QoS."""
 
