@@ -72,7 +72,7 @@ def forecast(seen: Observation, *, interference: float = INTERFERENCE) -> Latenc
     where = seen.resident_candidate
     left = seen.resident_expected_output - np.maximum(seen.resident_output_tokens, _ONE)
     # Mostly every batch has a place left, for the new request too: then terms drop out.
-    starts = _starts(seen, load, left) if load.overfull() else None
+    starts = _starts(seen, load, left) if load.overfull else None
 
     # Prefill under way, and the new request's: with the former if that can start at once.
     together = load.to_prefill if starts is None else load.to_prefill * (starts[0] == _ZERO)
@@ -118,14 +118,14 @@ class _Load:
 
     own: FloatArray
     """Requests of ours."""
-    share: FloatArray
-    """Present requests per one of ours: foreign ones are taken to be like ours."""
     waits: BoolArray
     """(R,) requests of ours without a token yet."""
     present: FloatArray
     """(2, E)"""
     slots: FloatArray
     """Sequences that run at once."""
+    overfull: bool
+    """Whether that is too few somewhere, once the new request is there."""
     running: FloatArray
     """(2, E) those of the present that do."""
     context: FloatArray
@@ -144,33 +144,33 @@ class _Load:
     def of(cls, seen: Observation) -> "_Load":
         own = seen.present()
         some = np.maximum(own, _ONE)
-        ours = own > _ZERO
         present = np.empty((2, len(own)))
         here = np.add(own, seen.foreign, present[0])
         np.add(here, _ONE, present[1])
-        share = np.where(ours, here / some, _ONE)
 
         new_context = seen.prompt_tokens + _HALF * seen.output_tokens
         so_far, expected = seen.resident_output_tokens, seen.resident_expected_output
         prompt = seen.resident_prompt_tokens
         waits = so_far == _ZERO
-        held = seen.per_candidate(prompt + _HALF * (so_far + expected)) * share
-        # Where only foreign requests are, they are taken to be like the new one.
-        held = np.where(ours, held, seen.foreign * new_context)
+        held = seen.per_candidate(prompt + _HALF * (so_far + expected))
+        if np.count_nonzero(seen.foreign):
+            # Where only foreign requests are, they are taken to be like the new one.
+            held = np.where(own > _ZERO, held * _share(own, here), seen.foreign * new_context)
 
         fit = seen.cost.kv_capacity_tokens * present[1] / (held + new_context)
         slots = np.floor(np.maximum(np.minimum(seen.cost.max_sequences, fit), _ONE))
-        running = np.minimum(present, slots)
+        overfull = bool(np.count_nonzero(present[1] > slots))
+        running = np.minimum(present, slots) if overfull else present
         mean_held = held / np.maximum(here, _ONE)
         context = np.empty_like(present)
         np.multiply(mean_held, running[0], context[0])
         np.add(mean_held * (running[1] - _ONE), new_context, context[1])
         return cls(
             own=own,
-            share=share,
             waits=waits,
             present=present,
             slots=slots,
+            overfull=overfull,
             running=running,
             context=context,
             to_prefill=seen.per_candidate(prompt * waits),
@@ -179,9 +179,10 @@ class _Load:
             room=np.maximum(seen.cost.max_batched_tokens - running[0], _ONE),
         )
 
-    def overfull(self) -> bool:
-        """Whether some endpoint has no place in its batch for all, the new request included."""
-        return bool(np.count_nonzero(self.present[1] > self.slots))
+
+def _share(own: FloatArray, here: FloatArray) -> FloatArray:
+    """(E,) present requests per one of ours: foreign ones are taken to be like ours."""
+    return np.where(own > _ZERO, here / np.maximum(own, _ONE), _ONE)
 
 
 @record
@@ -233,7 +234,7 @@ def _starts(seen: Observation, load: _Load, left: FloatArray) -> tuple[FloatArra
     full = load.present[1] > load.slots
     there = np.flatnonzero(full[seen.resident_candidate])
     lane = (np.cumsum(full) - 1)[seen.resident_candidate[there]]
-    share, slots = load.share[full], load.slots[full]
+    share, slots = _share(load.own, load.present[0])[full], load.slots[full]
     count = load.own[full].astype(np.int64)
     order = np.lexsort((-seen.resident_elapsed_s[there], lane))
     place = np.empty_like(order)

@@ -8,6 +8,8 @@ Shapes: E candidates of the policy, R requests in flight on them.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
 
 import numpy as np
 
@@ -34,7 +36,7 @@ class Request:
     """Whether the answer is streamed, so that its tokens can be counted as they come."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CostColumns:
     """The candidates' cost models as columns of shape (E,); see `CostModel` for units."""
 
@@ -56,11 +58,29 @@ class CostColumns:
         }
         return cls(**columns)
 
+    @cached_property
+    def extremes(self) -> "Extremes":
+        """What does not depend on load; worked out once."""
+        arithmetic = self.compute_s_per_token * self.max_sequences
+        memory = self.weights_s + self.context_s_per_token * self.kv_capacity_tokens
+        full = self.overhead_s + np.maximum(arithmetic, memory)
+        return Extremes(np.array([self.overhead_s + self.weights_s, full]), arithmetic / full)
+
     def iteration_s(self, *, tokens: FloatArray, context_tokens: FloatArray) -> FloatArray:
         """(…, E) seconds of one iteration; the formula of `CostModel.iteration_seconds`."""
         compute = self.compute_s_per_token * tokens
         memory = self.weights_s + self.context_s_per_token * context_tokens
         return self.overhead_s + np.maximum(compute, memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Extremes:
+    """Iterations of an empty and of a full batch."""
+
+    steps_s: FloatArray
+    """(2, E) seconds of an iteration of an empty batch, and of a full one on a full KV cache."""
+    arithmetic: FloatArray
+    """(E,) share of the arithmetic of a full batch in its iteration."""
 
 
 class RoutingTable:
@@ -153,9 +173,9 @@ class Observation:
 
     def per_candidate(self, values: FloatArray | BoolArray) -> FloatArray:
         """(R,) values of the requests there, summed to (E,)."""
-        sums = np.bincount(self.resident_candidate, values, len(self.quality))
-        # Without anyone there they are counts, not sums.
-        return sums if len(values) else sums.astype(np.float64)
+        if not len(values):  # NumPy would answer integers
+            return np.zeros(len(self.quality))
+        return cast("FloatArray", np.bincount(self.resident_candidate, values, len(self.quality)))
 
 
 def observe(

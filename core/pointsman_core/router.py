@@ -147,12 +147,14 @@ class Router:
         if not len(eligible):
             return None, ()
         values = scores.values[eligible]
-        order = (-values).argsort(kind="stable")
-        ties = eligible[values == values[order[0]]]
-        if acceptable is not None and acceptable[ties].any():
-            ties = ties[acceptable[ties]]
-        best = int(ties[0] if len(ties) == 1 else self._rng.choice(ties))
-        leading = eligible[order[: 1 + MAX_RETRY_TARGETS]].tolist()
+        order = (-values).argsort(kind="stable")[: 1 + MAX_RETRY_TARGETS]
+        leading = eligible[order].tolist()
+        best, ranked = leading[0], values[order].tolist()
+        if len(ranked) > 1 and ranked[0] == ranked[1]:
+            ties = eligible[values == ranked[0]]
+            if acceptable is not None and acceptable[ties].any():
+                ties = ties[acceptable[ties]]
+            best = int(ties[0] if len(ties) == 1 else self._rng.choice(ties))
         others = [candidate for candidate in leading if candidate != best]
         return best, tuple(self.table.candidates[i] for i in others[:MAX_RETRY_TARGETS])
 
@@ -211,7 +213,7 @@ def _admitted(request: Request, seen: Observation, best: int) -> Admitted:
 
 def _source(seen: Observation, best: int) -> str:
     """Where the quality comes from, told where candidates differ in it or it was learned."""
-    if seen.learned is None or not seen.learned.any():
+    if seen.learned is None or not np.count_nonzero(seen.learned):
         return ""
     return " (learned)" if seen.learned[best] else " (declared)"
 
