@@ -154,7 +154,8 @@ class Router:
             ties = eligible[values == ranked[0]]
             if acceptable is not None and acceptable[ties].any():
                 ties = ties[acceptable[ties]]
-            best = int(ties[0] if len(ties) == 1 else self._rng.choice(ties))
+            # The same draw as `choice` would make, at a tenth of its time.
+            best = int(ties[0] if len(ties) == 1 else ties[self._rng.integers(len(ties))])
         others = [candidate for candidate in leading if candidate != best]
         return best, tuple(self.table.candidates[i] for i in others[:MAX_RETRY_TARGETS])
 
