@@ -1,5 +1,7 @@
 """Prometheus metrics of the policy server. Names follow the project's vocabulary."""
 
+from functools import cache
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _DECISION_BUCKETS = (
@@ -126,6 +128,19 @@ class Metrics:
         self.eds_nacks = Counter(
             "pointsman_eds_nacks", "Endpoint lists that Envoy refused.", registry=r
         )
+
+        # Finding a series by its labels takes longer than counting: these are asked each time.
+        self._time_of = cache(self.decision_seconds.labels)
+        self._decisions_of = cache(self.decisions.labels)
+        self._sources_of = cache(self.quality_sources.labels)
+
+    def count_decision(
+        self, policy: str, algorithm: str, expert: str, *, learned: bool, seconds: float
+    ) -> None:
+        """Count a request for which an endpoint was chosen, and what choosing took."""
+        self._time_of(algorithm).observe(seconds)
+        self._decisions_of(policy, algorithm, expert).inc()
+        self._sources_of(policy, "learned" if learned else "declared").inc()
 
     def expect(self, policy: str) -> None:
         """Show the counters of a policy before its first request, as rates need them."""

@@ -207,17 +207,21 @@ class RoutingService:
             self._recent.popitem(last=False)
 
     def _count(self, decision: Decision, elapsed_s: float) -> None:
-        policy = decision.snapshot.full_name
-        self.metrics.decision_seconds.labels(decision.algorithm).observe(elapsed_s)
+        policy, algorithm = decision.snapshot.full_name, decision.algorithm
         if decision.fallback_reason is not None:
-            self.metrics.fallbacks.labels(policy, decision.algorithm).inc()
+            self.metrics.fallbacks.labels(policy, algorithm).inc()
         if decision.chosen is None:
             code = _CODES[decision.rejection or Rejection.NO_READY_ENDPOINT]
             self.metrics.rejections.labels(policy, code).inc()
+            self.metrics.decision_seconds.labels(algorithm).observe(elapsed_s)
         else:
-            self.metrics.decisions.labels(policy, decision.algorithm, decision.chosen.expert).inc()
-            source = "learned" if decision.learned else "declared"
-            self.metrics.quality_sources.labels(policy, source).inc()
+            self.metrics.count_decision(
+                policy,
+                algorithm,
+                decision.chosen.expert,
+                learned=decision.learned,
+                seconds=elapsed_s,
+            )
 
 
 def policy_seed(seed: int, snapshot: Snapshot) -> int:
