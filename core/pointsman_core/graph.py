@@ -113,7 +113,7 @@ _SUM_NUMBERS: Final = np.arange(_SUMS)[:, None]
 # As arrays: NumPy would make them of Python's numbers at each of many calls.
 _ZERO, _ONE, _FOUR, _SOON = np.array(0.0), np.array(1.0), np.array(4.0), np.array(-8.0)
 _MOST, _PER_BOUND, _TOKENS, _FINE = (np.array(value) for value in (MOST, 1 / BOUND, TOKENS, FINE))
-_LEAST, _ENDPOINTS = np.array(-BOUND), np.array(ENDPOINTS)
+_LEAST: Final = np.array(-BOUND)
 
 
 def schema_hash() -> str:
@@ -131,6 +131,11 @@ def bounded(values: FloatArray) -> FloatArray:
     scale += _ONE
     values /= scale
     return values
+
+
+def _squashed(value: float) -> float:
+    """One number `bounded`, to the last bit; NumPy takes far longer for one."""
+    return value / (abs(value) * (1.0 / BOUND) + 1.0)
 
 
 @record
@@ -303,13 +308,14 @@ def _requests(
     """(G, F_r), and the endpoints' last two features."""
     pooled = endpoint[5:13].reshape(len(POOLED), groups, -1)
     eligible = seen.eligible.reshape(groups, -1)
-    count = np.maximum(np.add.reduce(eligible, axis=1, dtype=np.float64), _ONE)
+    counts = [max(int(np.count_nonzero(group)), 1) for group in eligible]
     most = np.maximum.reduce(np.where(eligible, pooled, _LEAST), axis=2)
-    share = eligible / count[:, None]
-    own = (seen.prompt_tokens / TOKENS, seen.waited_s / limit, limit / seen.first_token_limit_s)
+    share = eligible / np.array(counts, np.float64)[:, None]
     x = np.empty((groups, len(REQUEST_FEATURES)), np.float32)
-    x[:, :3] = [value / (1.0 + abs(value) / BOUND) for value in own]  # as `bounded`
-    x[:, 3] = bounded(count / _ENDPOINTS)
+    x[:, 0] = _squashed(seen.prompt_tokens / TOKENS)
+    x[:, 1] = _squashed(seen.waited_s / limit)
+    x[:, 2] = _squashed(limit / seen.first_token_limit_s)
+    x[:, 3] = [_squashed(count / ENDPOINTS) for count in counts]
     x[:, 4:12] = (pooled.swapaxes(0, 1) @ share[:, :, None])[..., 0]
     x[:, 12:] = most.T
     np.subtract(most[6:, :, None], pooled[6:], endpoint[25:].reshape(2, groups, -1))
@@ -330,8 +336,7 @@ def _residents(
     np.divide(left, _TOKENS, x[4])
     np.divide(seen.resident_prompt_tokens, _TOKENS, x[5])
     np.divide(before, own_limit, x[6])
-    np.divide(predicted.resident_after_s - before, own_limit, x[7])
+    np.multiply((predicted.resident_after_s - before) / own_limit, _FINE, x[7])
     x[8] = impact.before
-    np.subtract(impact.after, impact.before, x[9])
-    x[7:10:2] *= _FINE
+    np.multiply(impact.after - impact.before, _FINE, x[9])
     return _rows(bounded(x))

@@ -25,8 +25,6 @@ Letting the batch drain instead predicted worse at every load that was tried, as
 the later prefill in full: see docs/deciders.md. Arrays are (E,) or (R,), see `Observation`.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from pointsman_core.observation import Observation
@@ -255,30 +253,6 @@ def _starts(seen: Observation, load: _Load, left: FloatArray) -> tuple[FloatArra
     own[full] = np.where(count > 0, start[count, np.arange(len(count))], only_foreign / slots)
     others[there] = start[place, lane]
     return own, others
-
-
-@dataclass(frozen=True, slots=True)
-class _Prefill:
-    """Steps that carry a chunk of a prompt, and how much longer each is; all (E,)."""
-
-    steps: FloatArray
-    slower_s: FloatArray
-
-    @classmethod
-    def of(
-        cls,
-        seen: Observation,
-        load: _Load,
-        *,
-        tokens: FloatArray,
-        context: FloatArray,
-        step: FloatArray,
-    ) -> "_Prefill":
-        chunk = np.minimum(tokens, load.room)
-        held = np.minimum(context, seen.cost.kv_capacity_tokens)
-        seconds = seen.cost.iteration_s(tokens=load.running + chunk, context_tokens=held)
-        steps = np.where(tokens > 0, np.maximum(tokens / load.room, 1.0), 0.0)
-        return cls(steps, np.maximum(seconds - step, 0.0))
 
 
 def drain_s(seen: Observation) -> FloatArray:

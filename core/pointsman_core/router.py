@@ -156,8 +156,8 @@ class Router:
                 ties = ties[acceptable[ties]]
             # The same draw as `choice` would make, at a tenth of its time.
             best = int(ties[0] if len(ties) == 1 else ties[self._rng.integers(len(ties))])
-        others = [candidate for candidate in leading if candidate != best]
-        return best, tuple(self.table.candidates[i] for i in others[:MAX_RETRY_TARGETS])
+        others = [self.table.candidates[i] for i in leading if i != best]
+        return best, tuple(others[:MAX_RETRY_TARGETS])
 
     def _admission(
         self, algorithm: Algorithm, seen: Observation, scores: Scores

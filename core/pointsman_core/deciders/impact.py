@@ -106,11 +106,14 @@ class ImpactGreedy:
 MOST_LATE = 500.0
 """Keeps exp() in range; far beyond it chances still differ, so that best effort has an order."""
 
+# As arrays: NumPy would make them of Python's numbers at each call.
+_ONE, _MOST_LATE = np.array(1.0), np.array(MOST_LATE)
+
 
 def _chance(
     predicted_s: FloatArray, limit_s: FloatArray | float, parameters: ImpactParameters
 ) -> FloatArray:
     """Chance that a predicted latency turns out within its limit."""
-    late = (parameters.margin * predicted_s / limit_s - 1.0) / parameters.softness
-    result: FloatArray = 1.0 / (1.0 + np.exp(np.minimum(late, MOST_LATE)))
+    late = (parameters.margin * predicted_s / limit_s - _ONE) / parameters.softness
+    result: FloatArray = _ONE / (_ONE + np.exp(np.minimum(late, _MOST_LATE)))
     return result
