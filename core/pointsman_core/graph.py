@@ -108,8 +108,6 @@ ANALYTIC_FEATURES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Those that come from ImpactGreedy's estimates; left out by an ablation."""
 
-_SUMS: Final = 7
-_SUM_NUMBERS: Final = np.arange(_SUMS)[:, None]
 # As arrays: NumPy would make them of Python's numbers at each of many calls.
 _ZERO, _ONE, _FOUR, _SOON = np.array(0.0), np.array(1.0), np.array(4.0), np.array(-8.0)
 _MOST, _PER_BOUND, _TOKENS, _FINE = (np.array(value) for value in (MOST, 1 / BOUND, TOKENS, FINE))
@@ -248,23 +246,17 @@ def _sums(
     left: FloatArray,
     used: FloatArray,
 ) -> FloatArray:
-    """(7, E) sums over those present, in the order below.
-
-    One count for all of them together is cheaper than one for each.
-    """
-    size = len(seen.quality)
-    columns = np.empty((_SUMS, len(used)))
-    columns[0] = runs
-    columns[1] = waits
-    np.exp(_SOON * used, columns[2])
-    np.multiply(seen.resident_quality, impact.before, columns[3])
-    np.multiply(columns[3], _FOUR - _FOUR * impact.before, columns[4])
-    columns[5] = left
-    np.add(seen.resident_prompt_tokens, seen.resident_output_tokens, columns[6])
-    bins = seen.resident_candidate + size * _SUM_NUMBERS
-    sums = np.bincount(bins.ravel(), columns.ravel(), _SUMS * size)
-    # Without anyone there they are counts, not sums.
-    return sums.astype(np.float64, copy=False).reshape(_SUMS, size)
+    """(7, E) sums over those present, in the order below."""
+    expected = seen.resident_quality * impact.before
+    sums = np.empty((7, len(seen.quality)))
+    sums[0] = seen.per_candidate(runs)
+    sums[1] = seen.per_candidate(waits)
+    sums[2] = seen.per_candidate(np.exp(_SOON * used))
+    sums[3] = seen.per_candidate(expected)
+    sums[4] = seen.per_candidate(expected * (_FOUR - _FOUR * impact.before))
+    sums[5] = seen.per_candidate(left)
+    sums[6] = seen.per_candidate(seen.resident_prompt_tokens + seen.resident_output_tokens)
+    return sums
 
 
 def _endpoints(

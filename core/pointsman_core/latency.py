@@ -75,9 +75,10 @@ def forecast(seen: Observation, *, interference: float = INTERFERENCE) -> Latenc
     # Prefill under way, and the new request's: with the former if that can start at once.
     together = load.to_prefill if starts is None else load.to_prefill * (starts[0] == _ZERO)
     pace = _Pace.of(seen, load, together + seen.prompt_tokens, interference)
-    before, after = pace.step_s
-    early_steps, late_steps = pace.prefill_steps
-    early_slower, late_slower = pace.slower_s
+    # Row by row: taking an array apart makes an iterator, which takes longer.
+    before, after = pace.step_s[0], pace.step_s[1]
+    early_steps, late_steps = pace.prefill_steps[0], pace.prefill_steps[1]
+    early_slower, late_slower = pace.slower_s[0], pace.slower_s[1]
     early = early_steps[where]
 
     first, lead, end = late_steps, seen.waited_s, left
@@ -209,7 +210,8 @@ class _Pace:
         np.add(load.running, np.minimum(load.mean_prompt, room), batch[1])
         np.add(load.running[0], np.minimum(tokens, room), batch[2])
         held = np.minimum(load.context, seen.cost.kv_capacity_tokens)
-        decode, coming, chunk = seen.cost.iteration_s(tokens=batch, context_tokens=held)
+        seconds = seen.cost.iteration_s(tokens=batch, context_tokens=held)
+        decode, coming, chunk = seconds[0], seconds[1], seconds[2]
         # Requests to come: as many per step as will have left, each with the mean prompt.
         chunks = np.maximum(load.mean_prompt / room, _ONE)
         mixed = interference * np.minimum(load.rate * chunks, _ONE)
