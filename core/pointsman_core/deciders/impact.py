@@ -73,8 +73,10 @@ def expected_impact(seen: Observation, parameters: ImpactParameters = TUNED) -> 
     if np.isfinite(seen.first_token_limit_s):
         first = _chance(predicted.first_token_s, seen.first_token_limit_s, parameters)
         chance = np.minimum(chance, first)
-    both = np.array([predicted.resident_before_s, predicted.resident_after_s])
-    before, after = _chance(both, seen.resident_limit_s, parameters)
+    both = np.empty((2, len(seen.resident_limit_s)))
+    both[0], both[1] = predicted.resident_before_s, predicted.resident_after_s
+    chances = _chance(both, seen.resident_limit_s, parameters)
+    before, after = chances[0], chances[1]
     return Impact(
         in_time=chance,
         own=seen.quality * chance,
