@@ -300,7 +300,7 @@ def _requests(
     """(G, F_r), and the endpoints' last two features."""
     pooled = endpoint[5:13].reshape(len(POOLED), groups, -1)
     eligible = seen.eligible.reshape(groups, -1)
-    counts = [max(int(np.count_nonzero(group)), 1) for group in eligible]
+    counts = [max(sum(group), 1) for group in eligible.tolist()]
     most = np.maximum.reduce(np.where(eligible, pooled, _LEAST), axis=2)
     share = eligible / np.array(counts, np.float64)[:, None]
     x = np.empty((groups, len(REQUEST_FEATURES)), np.float32)

@@ -225,7 +225,7 @@ def _is_learned(seen: Observation, best: int | None) -> bool:
 
 def _explain(algorithm: Algorithm, seen: Observation, scores: Scores, best: int) -> str:
     # As Python's own numbers: NumPy's take several times as long to format and to add up.
-    parts = "".join(f", {name} {values.item(best):.3f}" for name, values in scores.parts.items())
+    parts = "".join([f", {name} {values.item(best):.3f}" for name, values in scores.parts.items()])
     text = (
         f"{algorithm}: score {scores.values.item(best):.3f},"
         f" expected quality {seen.quality.item(best):.2f}{_source(seen, best)}{parts},"

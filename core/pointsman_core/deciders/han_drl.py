@@ -159,8 +159,8 @@ class HanModel:
         ):
             if values.shape != (size,):
                 raise ModelError(f"{self.source}: {name} has the shape {values.shape}")
-        # A sum is a number only when all its terms are: cheaper than looking at each.
-        if not math.isfinite(np.add.reduce(np.concatenate(told), dtype=np.float64)):
+        # A sum is a number only where all its terms are: cheaper than looking at each.
+        if not math.isfinite(np.add.reduce(np.concatenate(told))):
             for name, values in zip(_OUTPUT_NAMES, told, strict=True):
                 if not np.isfinite(values).all():
                     raise ModelError(f"{self.source}: {name} is not a number")
