@@ -7,6 +7,7 @@ when the request arrives: predicted quality and length, never the true ones.
 Shapes: E candidates of the policy, R requests in flight on them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -34,6 +35,9 @@ class Request:
     max_output_tokens: int | None = None
     streams: bool = True
     """Whether the answer is streamed, so that its tokens can be counted as they come."""
+
+
+_sum_by = cast("Callable[[IntArray, FloatArray | BoolArray, int], FloatArray]", np.bincount)
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ class Observation:
         """(R,) values of the requests there, summed to (E,)."""
         if not len(values):  # NumPy would answer integers
             return np.zeros(len(self.quality))
-        return cast("FloatArray", np.bincount(self.resident_candidate, values, len(self.quality)))
+        return _sum_by(self.resident_candidate, values, len(self.quality))
 
 
 def observe(
