@@ -217,7 +217,8 @@ def encode(
     resident = _residents(seen, impact, left=left, used=used, limit=limit)
     running, waiting = runs.nonzero()[0], waits.nonzero()[0]
     where = seen.resident_candidate
-    analytic = _rows(np.array([impact.in_time, impact.others, value]))
+    analytic = np.empty((len(value), 3), np.float32)
+    analytic[:, 0], analytic[:, 1], analytic[:, 2] = impact.in_time, impact.others, value
     return GraphArrays(
         request=request,
         endpoint=_rows(endpoint),

@@ -202,7 +202,8 @@ class _Pace:
         """``late_tokens`` (E,) are to be prefilled once the new request has started."""
         room = load.room
         tokens = np.empty_like(load.present)
-        tokens[0], tokens[1] = load.to_prefill, late_tokens
+        tokens[0] = load.to_prefill
+        tokens[1] = late_tokens
         # Iterations that only decode, with a chunk of those to come, with one of these tokens:
         # one call for all of them costs little more than one for each.
         batch = np.empty((3, *tokens.shape))
