@@ -37,6 +37,7 @@ class Request:
     """Whether the answer is streamed, so that its tokens can be counted as they come."""
 
 
+# NumPy's own type allows for integers, which there are only without weights.
 _sum_by = cast("Callable[[IntArray, FloatArray | BoolArray, int], FloatArray]", np.bincount)
 
 
@@ -62,7 +63,7 @@ class CostColumns:
         }
         return cls(**columns)
 
-    @cached_property
+    @cached_property  # for which this class has no slots
     def extremes(self) -> "Extremes":
         """What does not depend on load; worked out once."""
         arithmetic = self.compute_s_per_token * self.max_sequences
