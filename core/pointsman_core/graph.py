@@ -11,7 +11,6 @@ Endpoints that cannot be chosen are not in the graph: nothing that they carry co
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from pointsman_core.deciders.impact import TUNED, Impact, ImpactParameters, expected_impact
 from pointsman_core.observation import Observation
+from pointsman_core.records import record
 from pointsman_core.state import BoolArray, FloatArray, IntArray
 
 Float32Array = NDArray[np.float32]
@@ -108,8 +108,10 @@ ANALYTIC_FEATURES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Those that come from ImpactGreedy's estimates; left out by an ablation."""
 
-_SUMS: Final = 7
-_SUM_NUMBERS: Final = np.arange(_SUMS)[:, None]
+# As arrays: NumPy would make them of Python's numbers at each of many calls.
+_ZERO, _ONE, _FOUR, _SOON = np.array(0.0), np.array(1.0), np.array(4.0), np.array(-8.0)
+_MOST, _PER_BOUND, _TOKENS, _FINE = (np.array(value) for value in (MOST, 1 / BOUND, TOKENS, FINE))
+_LEAST: Final = np.array(-BOUND)
 
 
 def schema_hash() -> str:
@@ -123,13 +125,18 @@ def schema_hash() -> str:
 def bounded(values: FloatArray) -> FloatArray:
     """Squash in place to [-BOUND, BOUND]: x / (1 + |x| / BOUND), nearly x where x is small."""
     scale = np.abs(values)
-    scale *= 1.0 / BOUND
-    scale += 1.0
+    scale *= _PER_BOUND
+    scale += _ONE
     values /= scale
     return values
 
 
-@dataclass(frozen=True, slots=True)
+def _squashed(value: float) -> float:
+    """One number `bounded`, to the last bit; NumPy takes far longer for one."""
+    return value / (abs(value) * (1.0 / BOUND) + 1.0)
+
+
+@record
 class GraphArrays:
     """One decision's graph, or G of them side by side (see `encode`)."""
 
@@ -198,16 +205,17 @@ def encode(
     # Without a limit a ratio to it is 0, as far as one can tell.
     limit = min(max(seen.limit_s, 1.0 / MOST), MOST)
     used = seen.resident_elapsed_s / np.minimum(
-        seen.resident_limit_s * seen.resident_expected_output, MOST
+        seen.resident_limit_s * seen.resident_expected_output, _MOST
     )
     left = seen.resident_expected_output - seen.resident_output_tokens
-    runs = seen.resident_output_tokens > 0.0
+    runs = seen.resident_output_tokens > _ZERO
+    waits = ~runs
 
-    sums = _sums(seen, impact, runs=runs, left=left, used=used)
+    sums = _sums(seen, impact, runs=runs, waits=waits, left=left, used=used)
     endpoint = _endpoints(seen, impact, sums, value=value, limit=limit)
     request = _requests(seen, endpoint, limit=limit, groups=groups)
     resident = _residents(seen, impact, left=left, used=used, limit=limit)
-    running, waiting = runs.nonzero()[0], (~runs).nonzero()[0]
+    running, waiting = runs.nonzero()[0], waits.nonzero()[0]
     where = seen.resident_candidate
     analytic = np.empty((len(value), 3), np.float32)
     analytic[:, 0], analytic[:, 1], analytic[:, 2] = impact.in_time, impact.others, value
@@ -225,29 +233,31 @@ def encode(
 
 def _rows(columns: FloatArray) -> Float32Array:
     """(F, N) in double precision to (N, F) in single."""
-    return np.ascontiguousarray(columns.T, dtype=np.float32)
+    rows = np.empty(columns.shape[::-1], np.float32)
+    rows[:] = columns.T  # in one go; NumPy's functions for it take twice as long
+    return rows
 
 
 def _sums(
-    seen: Observation, impact: Impact, *, runs: BoolArray, left: FloatArray, used: FloatArray
+    seen: Observation,
+    impact: Impact,
+    *,
+    runs: BoolArray,
+    waits: BoolArray,
+    left: FloatArray,
+    used: FloatArray,
 ) -> FloatArray:
-    """(7, E) sums over those present, in the order below.
-
-    One count for all of them together is cheaper than one for each.
-    """
-    size = len(seen.quality)
-    columns = np.empty((_SUMS, len(used)))
-    columns[0] = runs
-    columns[1] = ~runs
-    np.exp(-8.0 * used, out=columns[2])
-    np.multiply(seen.resident_quality, impact.before, out=columns[3])
-    np.multiply(columns[3], 4.0 - 4.0 * impact.before, out=columns[4])
-    columns[5] = left
-    np.add(seen.resident_prompt_tokens, seen.resident_output_tokens, out=columns[6])
-    bins = seen.resident_candidate + size * _SUM_NUMBERS
-    sums = np.bincount(bins.ravel(), columns.ravel(), _SUMS * size)
-    # Without anyone there they are counts, not sums.
-    return sums.astype(np.float64, copy=False).reshape(_SUMS, size)
+    """(7, E) sums over those present, in the order below."""
+    expected = seen.resident_quality * impact.before
+    sums = np.empty((7, len(seen.quality)))
+    sums[0] = seen.per_candidate(runs)
+    sums[1] = seen.per_candidate(waits)
+    sums[2] = seen.per_candidate(np.exp(_SOON * used))
+    sums[3] = seen.per_candidate(expected)
+    sums[4] = seen.per_candidate(expected * (_FOUR - _FOUR * impact.before))
+    sums[5] = seen.per_candidate(left)
+    sums[6] = seen.per_candidate(seen.resident_prompt_tokens + seen.resident_output_tokens)
+    return sums
 
 
 def _endpoints(
@@ -255,37 +265,32 @@ def _endpoints(
 ) -> FloatArray:
     """(F_e, E) bounded features; `_requests` fills in the last two, which look at all."""
     cost, predicted = seen.cost, impact.forecast
-    slots = cost.max_sequences
-    arithmetic = cost.compute_s_per_token * slots
-    memory = cost.weights_s + cost.context_s_per_token * cost.kv_capacity_tokens
-    full = cost.overhead_s + np.maximum(arithmetic, memory)
+    slots, extremes = cost.max_sequences, cost.extremes
 
     x = np.empty((len(ENDPOINT_FEATURES), len(slots)))
-    np.multiply(cost.compute_s_per_token, seen.prompt_tokens, out=x[0])
+    np.multiply(cost.compute_s_per_token, seen.prompt_tokens, x[0])
     x[1] = predicted.first_token_s
-    np.multiply(sums[5] / slots, full, out=x[2])
+    np.multiply(sums[5] / slots, extremes.steps_s[1], x[2])
     x[:3] /= seen.output_tokens
-    np.add(cost.overhead_s, cost.weights_s, out=x[3])
-    x[4] = full
+    x[3:5] = extremes.steps_s
     x[5] = predicted.per_token_s
     x[:6] /= limit
-    np.divide(sums[:5], slots, out=x[6:11])
+    np.divide(sums[:5], slots, x[6:11])
     x[11] = seen.quality
     x[12] = value
     x[13] = impact.own
     x[14] = impact.others
     x[15] = impact.in_time
-    np.divide(seen.foreign, slots, out=x[16])
-    np.divide(sums[6], cost.kv_capacity_tokens, out=x[17])
+    np.divide(seen.foreign, slots, x[16])
+    np.divide(sums[6], cost.kv_capacity_tokens, x[17])
     known = np.isfinite(seen.kv_usage)
-    x[18] = np.where(known, seen.kv_usage, 0.0)
+    x[18] = np.where(known, seen.kv_usage, _ZERO)
     x[19] = known
-    x[20] = slots
-    x[21] = seen.output_tokens
-    x[20:22] /= TOKENS
-    np.divide(arithmetic, full, out=x[22])
-    np.divide(seen.prompt_tokens, cost.max_batched_tokens, out=x[23])
-    np.divide(predicted.first_token_s, seen.first_token_limit_s, out=x[24])
+    np.divide(slots, _TOKENS, x[20])
+    np.divide(seen.output_tokens, _TOKENS, x[21])
+    x[22] = extremes.arithmetic
+    np.divide(seen.prompt_tokens, cost.max_batched_tokens, x[23])
+    np.divide(predicted.first_token_s, seen.first_token_limit_s, x[24])
     bounded(x[:25])
     return x
 
@@ -296,17 +301,18 @@ def _requests(
     """(G, F_r), and the endpoints' last two features."""
     pooled = endpoint[5:13].reshape(len(POOLED), groups, -1)
     eligible = seen.eligible.reshape(groups, -1)
-    count = np.maximum(eligible.sum(axis=1, dtype=np.float64), 1.0)
-    most = np.where(eligible, pooled, -BOUND).max(axis=2)
-    own = [seen.prompt_tokens / TOKENS, seen.waited_s / limit, limit / seen.first_token_limit_s]
-    x = np.empty((4 + 2 * len(POOLED), groups))
-    x[:3] = np.array(own)[:, None]
-    x[3] = count / ENDPOINTS
-    bounded(x[:4])
-    x[4 : 4 + len(POOLED)] = (pooled.swapaxes(0, 1) @ (eligible.T / count).T[:, :, None])[..., 0].T
-    x[4 + len(POOLED) :] = most
-    np.subtract(most[6:, :, None], pooled[6:], out=endpoint[25:].reshape(2, groups, -1))
-    return _rows(x)
+    counts = [max(sum(group), 1) for group in eligible.tolist()]
+    most = np.maximum.reduce(np.where(eligible, pooled, _LEAST), axis=2)
+    share = eligible / np.array(counts, np.float64)[:, None]
+    x = np.empty((groups, len(REQUEST_FEATURES)), np.float32)
+    x[:, 0] = _squashed(seen.prompt_tokens / TOKENS)
+    x[:, 1] = _squashed(seen.waited_s / limit)
+    x[:, 2] = _squashed(limit / seen.first_token_limit_s)
+    x[:, 3] = [_squashed(count / ENDPOINTS) for count in counts]
+    x[:, 4:12] = (pooled.swapaxes(0, 1) @ share[:, :, None])[..., 0]
+    x[:, 12:] = most.T
+    np.subtract(most[6:, :, None], pooled[6:], endpoint[25:].reshape(2, groups, -1))
+    return x
 
 
 def _residents(
@@ -317,16 +323,13 @@ def _residents(
     before = predicted.resident_before_s
     x = np.empty((len(RESIDENT_FEATURES), len(used)))
     x[0] = seen.resident_quality
-    np.divide(np.minimum(own_limit, MOST), limit, out=x[1])
+    np.divide(np.minimum(own_limit, _MOST), limit, x[1])
     x[2] = used
-    np.divide(seen.resident_output_tokens, seen.resident_expected_output, out=x[3])
-    x[4] = left
-    x[5] = seen.resident_prompt_tokens
-    x[4:6] /= TOKENS
-    np.divide(before, own_limit, out=x[6])
-    np.subtract(predicted.resident_after_s, before, out=x[7])
-    x[7] /= own_limit
+    np.divide(seen.resident_output_tokens, seen.resident_expected_output, x[3])
+    np.divide(left, _TOKENS, x[4])
+    np.divide(seen.resident_prompt_tokens, _TOKENS, x[5])
+    np.divide(before, own_limit, x[6])
+    np.multiply((predicted.resident_after_s - before) / own_limit, _FINE, x[7])
     x[8] = impact.before
-    np.subtract(impact.after, impact.before, out=x[9])
-    x[7:10:2] *= FINE
+    np.multiply(impact.after - impact.before, _FINE, x[9])
     return _rows(bounded(x))

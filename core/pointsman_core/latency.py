@@ -25,18 +25,20 @@ Letting the batch drain instead predicted worse at every load that was tried, as
 the later prefill in full: see docs/deciders.md. Arrays are (E,) or (R,), see `Observation`.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from pointsman_core.observation import Observation
+from pointsman_core.records import record
 from pointsman_core.state import BoolArray, FloatArray
 
 INTERFERENCE = 0.3
 """Share of the prefill of requests to come that delays those present; fitted."""
 
+# As arrays: NumPy would make them of Python's numbers at each of many calls.
+_ZERO, _HALF, _ONE = np.array(0.0), np.array(0.5), np.array(1.0)
 
-@dataclass(frozen=True, slots=True)
+
+@record
 class LatencyForecast:
     """What each choice would do, in seconds."""
 
@@ -66,32 +68,41 @@ def forecast(seen: Observation, *, interference: float = INTERFERENCE) -> Latenc
     """Predict latencies for each choice."""
     load = _Load.of(seen)
     where = seen.resident_candidate
-    waits = seen.resident_output_tokens == 0.0
-    left = seen.resident_expected_output - np.maximum(seen.resident_output_tokens, 1.0)
-    own_start, start = _starts(seen, load, left)
+    left = seen.resident_expected_output - np.maximum(seen.resident_output_tokens, _ONE)
+    # Mostly every batch has a place left, for the new request too: then terms drop out.
+    starts = _starts(seen, load, left) if load.overfull else None
 
     # Prefill under way, and the new request's: with the former if that can start at once.
-    at_once = own_start == 0.0
-    pace = _Pace.of(seen, load, load.to_prefill * at_once + seen.prompt_tokens, interference)
-    before, after = pace.step_s
-    early_steps, late_steps = pace.prefill_steps
-    early_slower, late_slower = pace.slower_s
-    kept = early_steps * ~at_once
+    together = load.to_prefill if starts is None else load.to_prefill * (starts[0] == _ZERO)
+    pace = _Pace.of(seen, load, together + seen.prompt_tokens, interference)
+    # Row by row: taking an array apart makes an iterator, which takes longer.
+    before, after = pace.step_s[0], pace.step_s[1]
+    early_steps, late_steps = pace.prefill_steps[0], pace.prefill_steps[1]
+    early_slower, late_slower = pace.slower_s[0], pace.slower_s[1]
+    early = early_steps[where]
 
-    first = own_start + late_steps
-    last = first + np.maximum(seen.output_tokens - 1.0, 0.0)
-    lead = seen.waited_s + own_start * before + np.minimum(own_start, kept) * early_slower
+    first, lead, end = late_steps, seen.waited_s, left
+    if starts is not None:
+        own_start, start = starts
+        kept = early_steps * (own_start != _ZERO)
+        first = own_start + first
+        lead = lead + own_start * before + np.minimum(own_start, kept) * early_slower
+        end = start + end
+    last = first + np.maximum(seen.output_tokens - _ONE, _ZERO)
     first_token = lead + late_steps * (after + late_slower)
     total = first_token + (last - first) * after
 
-    end = start + left + early_steps[where] * waits
+    end = end + early * load.waits
     elapsed = seen.resident_elapsed_s + end * before[where]
-    shared = np.maximum(np.minimum(end, last[where]) - own_start[where], 0.0)
-    joined = elapsed + shared * (after - before)[where]
     slower = early_slower[where]
-    joined += np.minimum(end, kept[where]) * slower
+    shared = np.minimum(end, last[where])
+    if starts is not None:
+        shared = np.maximum(shared - own_start[where], _ZERO)
+    joined = elapsed + shared * (after - before)[where]
+    if starts is not None:
+        joined += np.minimum(end, kept[where]) * slower
     joined += np.minimum(shared, late_steps[where]) * late_slower[where]
-    alone = elapsed + np.minimum(end, early_steps[where]) * slower
+    alone = elapsed + np.minimum(end, early) * slower
     return LatencyForecast(
         first_token_s=first_token,
         per_token_s=total / seen.output_tokens,
@@ -100,18 +111,20 @@ def forecast(seen: Observation, *, interference: float = INTERFERENCE) -> Latenc
     )
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Load:
     """What is on each endpoint; all (E,), or (2, E): without the new request, and with it."""
 
     own: FloatArray
     """Requests of ours."""
-    share: FloatArray
-    """Present requests per one of ours: foreign ones are taken to be like ours."""
+    waits: BoolArray
+    """(R,) requests of ours without a token yet."""
     present: FloatArray
     """(2, E)"""
     slots: FloatArray
     """Sequences that run at once."""
+    overfull: bool
+    """Whether that is too few somewhere, once the new request is there."""
     running: FloatArray
     """(2, E) those of the present that do."""
     context: FloatArray
@@ -129,41 +142,49 @@ class _Load:
     @classmethod
     def of(cls, seen: Observation) -> "_Load":
         own = seen.present()
-        some = np.maximum(own, 1.0)
+        some = np.maximum(own, _ONE)
         present = np.empty((2, len(own)))
-        here = np.add(own, seen.foreign, out=present[0])
-        np.add(here, 1.0, out=present[1])
-        share = np.where(own > 0, here / some, 1.0)
+        here = np.add(own, seen.foreign, present[0])
+        np.add(here, _ONE, present[1])
 
-        new_context = seen.prompt_tokens + 0.5 * seen.output_tokens
+        new_context = seen.prompt_tokens + _HALF * seen.output_tokens
         so_far, expected = seen.resident_output_tokens, seen.resident_expected_output
         prompt = seen.resident_prompt_tokens
-        held = seen.per_candidate(prompt + 0.5 * (so_far + expected)) * share
-        # Where only foreign requests are, they are taken to be like the new one.
-        held = np.where(own > 0, held, seen.foreign * new_context)
+        waits = so_far == _ZERO
+        held = seen.per_candidate(prompt + _HALF * (so_far + expected))
+        if np.count_nonzero(seen.foreign):
+            # Where only foreign requests are, they are taken to be like the new one.
+            held = np.where(own > _ZERO, held * _share(own, here), seen.foreign * new_context)
 
         fit = seen.cost.kv_capacity_tokens * present[1] / (held + new_context)
-        slots = np.floor(np.maximum(np.minimum(seen.cost.max_sequences, fit), 1.0))
-        running = np.minimum(present, slots)
-        mean_held = held / np.maximum(here, 1.0)
+        slots = np.floor(np.maximum(np.minimum(seen.cost.max_sequences, fit), _ONE))
+        overfull = bool(np.count_nonzero(present[1] > slots))
+        running = np.minimum(present, slots) if overfull else present
+        mean_held = held / np.maximum(here, _ONE)
         context = np.empty_like(present)
-        np.multiply(mean_held, running[0], out=context[0])
-        np.add(mean_held * (running[1] - 1.0), new_context, out=context[1])
+        np.multiply(mean_held, running[0], context[0])
+        np.add(mean_held * (running[1] - _ONE), new_context, context[1])
         return cls(
             own=own,
-            share=share,
+            waits=waits,
             present=present,
             slots=slots,
+            overfull=overfull,
             running=running,
             context=context,
-            to_prefill=seen.per_candidate(prompt * (so_far == 0.0)),
+            to_prefill=seen.per_candidate(prompt * waits),
             mean_prompt=seen.per_candidate(prompt) / some,
-            rate=own * here / np.maximum(seen.per_candidate(expected), 1.0),
-            room=np.maximum(seen.cost.max_batched_tokens - running[0], 1.0),
+            rate=own * here / np.maximum(seen.per_candidate(expected), _ONE),
+            room=np.maximum(seen.cost.max_batched_tokens - running[0], _ONE),
         )
 
 
-@dataclass(frozen=True, slots=True)
+def _share(own: FloatArray, here: FloatArray) -> FloatArray:
+    """(E,) present requests per one of ours: foreign ones are taken to be like ours."""
+    return np.where(own > _ZERO, here / np.maximum(own, _ONE), _ONE)
+
+
+@record
 class _Pace:
     """How long steps last; all (2, E): without the new request, and with it."""
 
@@ -181,23 +202,25 @@ class _Pace:
         """``late_tokens`` (E,) are to be prefilled once the new request has started."""
         room = load.room
         tokens = np.empty_like(load.present)
-        tokens[0], tokens[1] = load.to_prefill, late_tokens
+        tokens[0] = load.to_prefill
+        tokens[1] = late_tokens
         # Iterations that only decode, with a chunk of those to come, with one of these tokens:
         # one call for all of them costs little more than one for each.
         batch = np.empty((3, *tokens.shape))
         batch[0] = load.running
-        np.add(load.running, np.minimum(load.mean_prompt, room), out=batch[1])
-        np.add(load.running[0], np.minimum(tokens, room), out=batch[2])
+        np.add(load.running, np.minimum(load.mean_prompt, room), batch[1])
+        np.add(load.running[0], np.minimum(tokens, room), batch[2])
         held = np.minimum(load.context, seen.cost.kv_capacity_tokens)
-        decode, coming, chunk = seen.cost.iteration_s(tokens=batch, context_tokens=held)
+        seconds = seen.cost.iteration_s(tokens=batch, context_tokens=held)
+        decode, coming, chunk = seconds[0], seconds[1], seconds[2]
         # Requests to come: as many per step as will have left, each with the mean prompt.
-        chunks = np.maximum(load.mean_prompt / room, 1.0)
-        mixed = interference * np.minimum(load.rate * chunks, 1.0)
+        chunks = np.maximum(load.mean_prompt / room, _ONE)
+        mixed = interference * np.minimum(load.rate * chunks, _ONE)
         step = decode + mixed * (coming - decode)
         return cls(
             step_s=step,
-            prefill_steps=np.maximum(tokens / room, tokens > 0),  # one at least, if any
-            slower_s=np.maximum(chunk - step, 0.0),
+            prefill_steps=np.maximum(tokens / room, tokens > _ZERO),  # one at least, if any
+            slower_s=np.maximum(chunk - step, _ZERO),
         )
 
 
@@ -210,11 +233,9 @@ def _starts(seen: Observation, load: _Load, left: FloatArray) -> tuple[FloatArra
     own, others = np.zeros(len(load.own)), np.zeros(len(left))
     # Only full endpoints are looked at: the longest queue pads all columns below.
     full = load.present[1] > load.slots
-    if not np.count_nonzero(full):
-        return own, others
     there = np.flatnonzero(full[seen.resident_candidate])
     lane = (np.cumsum(full) - 1)[seen.resident_candidate[there]]
-    share, slots = load.share[full], load.slots[full]
+    share, slots = _share(load.own, load.present[0])[full], load.slots[full]
     count = load.own[full].astype(np.int64)
     order = np.lexsort((-seen.resident_elapsed_s[there], lane))
     place = np.empty_like(order)

@@ -7,17 +7,21 @@ when the request arrives: predicted quality and length, never the true ones.
 Shapes: E candidates of the policy, R requests in flight on them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
 
 import numpy as np
 
 from pointsman_core.cost import CostModel
 from pointsman_core.prediction import DeclaredPriors, Predictor
+from pointsman_core.records import record
 from pointsman_core.snapshot import Candidate, Snapshot
 from pointsman_core.state import BoolArray, FloatArray, IntArray, Residents, StateView
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Request:
     """An arriving request as far as a router knows it."""
 
@@ -33,7 +37,11 @@ class Request:
     """Whether the answer is streamed, so that its tokens can be counted as they come."""
 
 
-@dataclass(frozen=True, slots=True)
+# NumPy's own type allows for integers, which there are only without weights.
+_sum_by = cast("Callable[[IntArray, FloatArray | BoolArray, int], FloatArray]", np.bincount)
+
+
+@dataclass(frozen=True)
 class CostColumns:
     """The candidates' cost models as columns of shape (E,); see `CostModel` for units."""
 
@@ -55,11 +63,29 @@ class CostColumns:
         }
         return cls(**columns)
 
+    @cached_property  # for which this class has no slots
+    def extremes(self) -> "Extremes":
+        """What does not depend on load; worked out once."""
+        arithmetic = self.compute_s_per_token * self.max_sequences
+        memory = self.weights_s + self.context_s_per_token * self.kv_capacity_tokens
+        full = self.overhead_s + np.maximum(arithmetic, memory)
+        return Extremes(np.array([self.overhead_s + self.weights_s, full]), arithmetic / full)
+
     def iteration_s(self, *, tokens: FloatArray, context_tokens: FloatArray) -> FloatArray:
         """(…, E) seconds of one iteration; the formula of `CostModel.iteration_seconds`."""
         compute = self.compute_s_per_token * tokens
         memory = self.weights_s + self.context_s_per_token * context_tokens
         return self.overhead_s + np.maximum(compute, memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Extremes:
+    """Iterations of an empty and of a full batch."""
+
+    steps_s: FloatArray
+    """(2, E) seconds of an iteration of an empty batch, and of a full one on a full KV cache."""
+    arithmetic: FloatArray
+    """(E,) share of the arithmetic of a full batch in its iteration."""
 
 
 class RoutingTable:
@@ -110,7 +136,7 @@ def _candidate_layers(rows: IntArray) -> list[IntArray]:
     return layers
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Observation:
     """All that deciders look at."""
 
@@ -152,9 +178,9 @@ class Observation:
 
     def per_candidate(self, values: FloatArray | BoolArray) -> FloatArray:
         """(R,) values of the requests there, summed to (E,)."""
-        return np.bincount(
-            self.resident_candidate, weights=values, minlength=len(self.quality)
-        ).astype(np.float64, copy=False)
+        if not len(values):  # NumPy would answer integers
+            return np.zeros(len(self.quality))
+        return _sum_by(self.resident_candidate, values, len(self.quality))
 
 
 def observe(

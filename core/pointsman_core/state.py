@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pointsman_core.records import record
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -41,7 +43,7 @@ class EngineLoad:
     """Tokens generated since the engine started."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Admitted:
     """What is known of a request when it is put on an endpoint."""
 
@@ -132,6 +134,21 @@ class StateView(Protocol):
         ...
 
 
+@record
+class _Gauges:
+    """What the gauges tell, for as long as none comes or goes stale."""
+
+    since_s: float
+    oldest_s: float
+    """When the oldest of the fresh ones were read."""
+    foreign: FloatArray
+    kv_usage: FloatArray
+
+    def hold(self, now_s: float) -> bool:
+        """Whether the same ones are fresh now."""
+        return self.since_s <= now_s and now_s - self.oldest_s <= GAUGES_STALE_AFTER_S
+
+
 class LiveState:
     """The in-flight table and the endpoints' gauges.
 
@@ -148,6 +165,7 @@ class LiveState:
         self._foreign = np.zeros((2, 0))  # by the last scrape but one, and by the last
         self._kv_usage = np.zeros(0)
         self._gauges_at = np.zeros(0)
+        self._known_gauges: _Gauges | None = None
         self._loads: dict[str, EngineLoad] = {}
         self._surplus: dict[str, tuple[float, int]] = {}
         self._entry_of: dict[str, int] = {}
@@ -207,6 +225,7 @@ class LiveState:
         self._foreign[:, row] = 0.0
         self._kv_usage[row] = np.nan
         self._gauges_at[row] = -np.inf
+        self._known_gauges = None
 
     def row(self, address: str) -> int:
         """Row of an endpoint.
@@ -252,6 +271,7 @@ class LiveState:
         self._foreign[1, row] = max(0, load.running + load.waiting - own)
         self._kv_usage[row] = np.nan if load.kv_usage is None else load.kv_usage
         self._gauges_at[row] = now_s
+        self._known_gauges = None
         self._loads[address] = load
 
     def _note_surplus(self, address: str, surplus: int, now_s: float) -> None:
@@ -286,13 +306,24 @@ class LiveState:
         The smaller of the last two scrapes, since a request that just ended here may still
         be counted there; zero when the gauges are stale.
         """
-        fresh = now_s - self._gauges_at <= GAUGES_STALE_AFTER_S
-        return np.where(fresh, np.minimum(self._foreign[0], self._foreign[1]), 0.0)
+        return self._gauges(now_s).foreign
 
     def kv_usage(self, *, now_s: float) -> FloatArray:
         """(rows,) share of the KV cache in use, NaN where unknown or stale."""
-        fresh = now_s - self._gauges_at <= GAUGES_STALE_AFTER_S
-        return np.where(fresh, self._kv_usage, np.nan)
+        return self._gauges(now_s).kv_usage
+
+    def _gauges(self, now_s: float) -> _Gauges:
+        """Both, worked out anew only once gauges came or some went stale."""
+        known = self._known_gauges
+        if known is None or not known.hold(now_s):
+            fresh = now_s - self._gauges_at <= GAUGES_STALE_AFTER_S
+            known = self._known_gauges = _Gauges(
+                since_s=now_s,
+                oldest_s=float(self._gauges_at[fresh].min(initial=np.inf)),
+                foreign=np.where(fresh, np.minimum(self._foreign[0], self._foreign[1]), 0.0),
+                kv_usage=np.where(fresh, self._kv_usage, np.nan),
+            )
+        return known
 
     # --- requests ----------------------------------------------------------------------
 

@@ -7,24 +7,21 @@ responses in the API's own form.
 """
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from urllib.parse import unquote
 
-from envoy.config.core.v3.base_pb2 import HeaderMap, HeaderValue, HeaderValueOption
+from envoy.config.core.v3.base_pb2 import HeaderMap, HeaderValueOption
 from envoy.service.ext_proc.v3.external_processor_pb2 import (
-    BodyMutation,
-    BodyResponse,
     CommonResponse,
     HeaderMutation,
     HeadersResponse,
-    ImmediateResponse,
     ProcessingRequest,
     ProcessingResponse,
 )
-from envoy.type.v3.http_status_pb2 import HttpStatus
 from google.protobuf.struct_pb2 import Struct
 
 from pointsman_core.router import Decision
+from pointsman_core.snapshot import Candidate
 from pointsman_policy.eds import LB_NAMESPACE, POLICY_KEY
 from pointsman_policy.openai_api import (
     COMPLETION_PATHS,
@@ -48,6 +45,9 @@ REQUEST_ID = "x-request-id"
 LONG_BODY_BYTES = 256 * 1024
 """From here on Python's cycle collector waits until the body is done with: it would look time and
 again at what a document of a million empty lists holds, where there can be no cycles."""
+
+_GO_ON = ProcessingResponse(request_headers=HeadersResponse(response=CommonResponse()))
+"""The answer to headers: nothing to change. One for all; nobody writes to it."""
 
 
 class DecideStream:
@@ -89,7 +89,7 @@ class DecideStream:
         _require_method(method, ("POST",), path)
         self._limits = parse_limits(headers)
         self._check_body(headers, ends=ends)
-        return ProcessingResponse(request_headers=HeadersResponse(response=CommonResponse()))
+        return _GO_ON
 
     def _models(self, path: str) -> bytes:
         names = self._service.models
@@ -144,14 +144,13 @@ class DecideStream:
         self, status: int, body: bytes, headers: tuple[tuple[str, str], ...] = ()
     ) -> ProcessingResponse:
         self.done = True
-        return ProcessingResponse(
-            immediate_response=ImmediateResponse(
-                status=HttpStatus(code=status),
-                headers=_set_headers([("content-type", "application/json"), *headers]),
-                body=body,
-                details="pointsman",
-            )
-        )
+        answer = ProcessingResponse()
+        response = answer.immediate_response
+        response.status.code = status
+        _set_headers(response.headers, [("content-type", "application/json"), *headers])
+        response.body = body
+        response.details = "pointsman"
+        return answer
 
     def _refuse(self, error: ApiError) -> ProcessingResponse:
         return self._answer(error.status, error.body(), error.headers)
@@ -162,17 +161,12 @@ def header_dict(headers: HeaderMap) -> dict[str, str]:
 
     Repeated ones become one list with commas (RFC 9110, 5.3), so that none wins unseen.
     """
-    lines = [(h.key.lower(), _text(h)) for h in headers.headers]
-    joined = dict(lines)
-    if len(joined) < len(lines):
-        for name in joined:
-            joined[name] = ", ".join(text for key, text in lines if key == name)
-    return joined
-
-
-def _text(header: HeaderValue) -> str:
-    raw: bytes = header.raw_value
-    return raw.decode("utf-8", "replace") if raw else str(header.value)
+    found: dict[str, str] = {}
+    for header in headers.headers:
+        raw, name = header.raw_value, header.key.lower()
+        text = raw.decode("utf-8", "replace") if raw else header.value
+        found[name] = f"{found[name]}, {text}" if name in found else text
+    return found
 
 
 def _require_method(method: str, allowed: tuple[str, ...], path: str) -> None:
@@ -189,22 +183,17 @@ def _routed(completion: CompletionRequest, decision: Decision) -> ProcessingResp
     chosen = decision.chosen
     assert chosen is not None, "route() raises where nothing was chosen"  # noqa: S101
     body = completion.with_model(chosen.model)
-    return ProcessingResponse(
-        request_body=BodyResponse(
-            response=CommonResponse(
-                body_mutation=BodyMutation(body=body),
-                header_mutation=_set_headers([("content-length", str(len(body)))]),
-            )
-        ),
-        dynamic_metadata=_metadata(decision),
-    )
+    # Built in place: each message that is handed to another's constructor is copied.
+    answer = ProcessingResponse()
+    common = answer.request_body.response
+    common.body_mutation.body = body
+    _set_headers(common.header_mutation, [("content-length", str(len(body)))])
+    _tell(answer.dynamic_metadata, decision, chosen)
+    return answer
 
 
-def _metadata(decision: Decision) -> Struct:
-    chosen = decision.chosen
-    assert chosen is not None  # noqa: S101
-    targets = ",".join(c.address for c in (chosen, *decision.retry_on))
-    metadata = Struct()
+def _tell(metadata: Struct, decision: Decision, chosen: Candidate) -> None:
+    targets = ",".join([c.address for c in (chosen, *decision.retry_on)])
     # Field by field: Struct.update() is Python and three times as slow.
     balancing = metadata.fields[PICK_NAMESPACE].struct_value.fields
     balancing[PICK_KEY].string_value = targets
@@ -217,16 +206,10 @@ def _metadata(decision: Decision) -> Struct:
     decided["why"].string_value = decision.why
     decided["snapshot"].string_value = decision.snapshot.version
     decided["explain"].bool_value = decision.snapshot.explain_headers
-    return metadata
 
 
-def _set_headers(headers: list[tuple[str, str]]) -> HeaderMutation:
-    return HeaderMutation(
-        set_headers=[
-            HeaderValueOption(
-                header=HeaderValue(key=key, raw_value=value.encode()),
-                append_action=HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD,
-            )
-            for key, value in headers
-        ]
-    )
+def _set_headers(mutation: HeaderMutation, headers: Iterable[tuple[str, str]]) -> None:
+    for key, value in headers:
+        option = mutation.set_headers.add()
+        option.append_action = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+        option.header.key, option.header.raw_value = key, value.encode()

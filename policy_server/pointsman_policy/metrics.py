@@ -1,6 +1,7 @@
 """Prometheus metrics of the policy server. Names follow the project's vocabulary."""
 
 from collections.abc import Container
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -133,12 +134,25 @@ class Metrics:
             "pointsman_eds_nacks", "Endpoint lists that Envoy refused.", registry=r
         )
 
+        # Finding a series by its labels takes longer than counting: these are asked each time.
+        self._time_of = cache(self.decision_seconds.labels)
+        self._decisions_of = cache(self.decisions.labels)
+        self._sources_of = cache(self.quality_sources.labels)
+
     def forget_endpoints(self, *, keep: Container[str]) -> None:
         """Drop what is counted by endpoint of all others: pods come and go for years."""
         for metric in self.scrape_errors.collect():
             for labels in [s.labels for s in metric.samples if s.name.endswith("_total")]:
                 if labels["endpoint"] not in keep:
                     self.scrape_errors.remove(labels["endpoint"], labels["kind"])
+
+    def count_decision(
+        self, policy: str, algorithm: str, expert: str, *, learned: bool, seconds: float
+    ) -> None:
+        """Count a request for which an endpoint was chosen, and what choosing took."""
+        self._time_of(algorithm).observe(seconds)
+        self._decisions_of(policy, algorithm, expert).inc()
+        self._sources_of(policy, "learned" if learned else "declared").inc()
 
     def expect(self, policy: str) -> None:
         """Show the counters of a policy before its first request, as rates need them."""

@@ -7,10 +7,11 @@ else in a request travels on untouched.
 
 import json
 import re
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
+
+from pointsman_core.records import record
 
 _T = TypeVar("_T")
 
@@ -73,7 +74,7 @@ class ApiError(Exception):
         return orjson.dumps({"error": error})
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CompletionRequest:
     """A chat completion or completion request, with its whole document."""
 

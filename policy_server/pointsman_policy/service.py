@@ -9,12 +9,12 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import structlog
 
 from pointsman_core.observation import Request
 from pointsman_core.predictors import Artefact, make_predictor
+from pointsman_core.records import record
 from pointsman_core.router import Decision, Rejection, Router
 from pointsman_core.snapshot import Candidate, Snapshot
 from pointsman_core.state import LiveState
@@ -43,7 +43,7 @@ log = structlog.get_logger(__name__)
 _NUMBER = re.compile(r"\s*(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\s*")
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Limits:
     """A request's own limits; None where the policy's holds."""
 
@@ -282,17 +282,21 @@ class RoutingService:
             self._recent.popitem(last=False)
 
     def _count(self, decision: Decision, elapsed_s: float) -> None:
-        policy = decision.snapshot.full_name
-        self.metrics.decision_seconds.labels(decision.algorithm).observe(elapsed_s)
+        policy, algorithm = decision.snapshot.full_name, decision.algorithm
         if decision.fallback_reason is not None:
-            self.metrics.fallbacks.labels(policy, decision.algorithm).inc()
+            self.metrics.fallbacks.labels(policy, algorithm).inc()
         if decision.chosen is None:
             code = _CODES[decision.rejection or Rejection.NO_READY_ENDPOINT]
             self.metrics.rejections.labels(policy, code).inc()
+            self.metrics.decision_seconds.labels(algorithm).observe(elapsed_s)
         else:
-            self.metrics.decisions.labels(policy, decision.algorithm, decision.chosen.expert).inc()
-            source = "learned" if decision.learned else "declared"
-            self.metrics.quality_sources.labels(policy, source).inc()
+            self.metrics.count_decision(
+                policy,
+                algorithm,
+                decision.chosen.expert,
+                learned=decision.learned,
+                seconds=elapsed_s,
+            )
 
 
 def policy_seed(seed: int, snapshot: Snapshot) -> int:

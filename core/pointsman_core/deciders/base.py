@@ -1,14 +1,15 @@
 """What a decider is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 from pointsman_core.observation import Observation
+from pointsman_core.records import record
 from pointsman_core.state import BoolArray, FloatArray
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Scores:
     """A decider's opinion of all candidates."""
 

@@ -22,6 +22,7 @@ from pointsman_core.deciders.impact import TUNED, ImpactParameters, expected_imp
 from pointsman_core.graph import FEATURES, Float32Array, GraphArrays, encode, schema_hash
 from pointsman_core.observation import Observation
 from pointsman_core.onnx_session import METADATA_KEY, SessionError, open_session
+from pointsman_core.records import record
 from pointsman_core.state import FloatArray
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class HanInfo:
         return orjson.dumps(body, option=orjson.OPT_SORT_KEYS).decode()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Answer:
     """What a model says of one graph of E endpoints."""
 
@@ -158,9 +159,11 @@ class HanModel:
         ):
             if values.shape != (size,):
                 raise ModelError(f"{self.source}: {name} has the shape {values.shape}")
-            # A sum is a number exactly when all its terms are: cheaper than looking at each.
-            if not math.isfinite(values.sum()):
-                raise ModelError(f"{self.source}: {name} is not a number")
+        # A sum is a number only where all its terms are: cheaper than looking at each.
+        if not math.isfinite(np.add.reduce(np.concatenate(told))):
+            for name, values in zip(_OUTPUT_NAMES, told, strict=True):
+                if not np.isfinite(values).all():
+                    raise ModelError(f"{self.source}: {name} is not a number")
         return Answer(*told)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "HanModel":

@@ -12,6 +12,7 @@ import numpy as np
 from pointsman_core.deciders.base import Scores
 from pointsman_core.latency import LatencyForecast, forecast
 from pointsman_core.observation import Observation
+from pointsman_core.records import record
 from pointsman_core.state import FloatArray
 
 
@@ -48,7 +49,7 @@ TUNED = ImpactParameters()
 """The defaults."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Impact:
     """What each choice does, in expected QoS."""
 
@@ -72,8 +73,10 @@ def expected_impact(seen: Observation, parameters: ImpactParameters = TUNED) -> 
     if np.isfinite(seen.first_token_limit_s):
         first = _chance(predicted.first_token_s, seen.first_token_limit_s, parameters)
         chance = np.minimum(chance, first)
-    both = np.array([predicted.resident_before_s, predicted.resident_after_s])
-    before, after = _chance(both, seen.resident_limit_s, parameters)
+    both = np.empty((2, len(seen.resident_limit_s)))
+    both[0], both[1] = predicted.resident_before_s, predicted.resident_after_s
+    chances = _chance(both, seen.resident_limit_s, parameters)
+    before, after = chances[0], chances[1]
     return Impact(
         in_time=chance,
         own=seen.quality * chance,
@@ -105,11 +108,14 @@ class ImpactGreedy:
 MOST_LATE = 500.0
 """Keeps exp() in range; far beyond it chances still differ, so that best effort has an order."""
 
+# As arrays: NumPy would make them of Python's numbers at each call.
+_ONE, _MOST_LATE = np.array(1.0), np.array(MOST_LATE)
+
 
 def _chance(
     predicted_s: FloatArray, limit_s: FloatArray | float, parameters: ImpactParameters
 ) -> FloatArray:
     """Chance that a predicted latency turns out within its limit."""
-    late = (parameters.margin * predicted_s / limit_s - 1.0) / parameters.softness
-    result: FloatArray = 1.0 / (1.0 + np.exp(np.minimum(late, MOST_LATE)))
+    late = (parameters.margin * predicted_s / limit_s - _ONE) / parameters.softness
+    result: FloatArray = _ONE / (_ONE + np.exp(np.minimum(late, _MOST_LATE)))
     return result

@@ -61,19 +61,17 @@ def _powers() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
 _UP, _DOWN = _powers()
 
 
-def _byte_tables() -> tuple[NDArray[np.uint8], NDArray[np.bool_], NDArray[np.float64]]:
+def _byte_tables() -> tuple[bytes, NDArray[np.float64]]:
     every = np.arange(256, dtype=np.uint8)
-    lower = every.copy()
-    lower[65:91] += 32
     kinds = np.zeros((256, _KINDS))
     for column, characters in enumerate(_COUNTED):
         kinds[list(characters), column] = 1.0
     kinds[128:, -1] = 1.0
     in_word = (kinds[:, -4:].sum(axis=1) > 0) | (every == ord("'"))
-    return lower, in_word, kinds
+    return in_word.tobytes(), kinds
 
 
-_LOWER, _IN_WORD, _KIND_OF = _byte_tables()
+_IN_WORD, _KIND_OF = _byte_tables()
 
 
 def features(prompt: str, out: Float32Array | None = None) -> Float32Array:
@@ -84,12 +82,13 @@ def features(prompt: str, out: Float32Array | None = None) -> Float32Array:
     found = np.zeros(FEATURES, np.float32) if out is None else out
     text = _bounded(prompt)
     raw = np.frombuffer(text, np.uint8)
-    lower = _LOWER[raw]
-    starts, ends = _words(lower)
+    small = text.lower()  # of bytes, that is of ASCII only
+    lower = np.frombuffer(small, np.uint8)
+    starts, ends = _words(small)
     if len(starts):
         found[_word_buckets(lower, starts, ends)] = 1.0
     if len(lower) >= 3:
-        found[_byte_buckets(lower)] = 1.0
+        found[WORD_BUCKETS : WORD_BUCKETS + BYTE_BUCKETS][_byte_buckets(lower)] = 1.0
     found[WORD_BUCKETS + BYTE_BUCKETS :] = _shape(prompt, raw, words=len(starts))
     return found
 
@@ -109,11 +108,10 @@ def _bounded(prompt: str) -> bytes:
     return prompt.encode("utf-8", "replace")
 
 
-def _words(lower: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def _words(text: bytes) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Start and end of each run of letters, digits and apostrophes."""
-    edge = np.zeros(len(lower) + 2, np.int8)
-    edge[1:-1] = _IN_WORD[lower]
-    change = np.flatnonzero(edge[1:] != edge[:-1])
+    edge = np.frombuffer(b"\0" + text.translate(_IN_WORD) + b"\0", np.int8)
+    change = (edge[1:] != edge[:-1]).nonzero()[0]
     return change[0::2], change[1::2]
 
 
@@ -122,7 +120,7 @@ def _word_buckets(
 ) -> NDArray[np.intp]:
     """Buckets of words, of pairs of neighbours, and of the first and last words as such."""
     sums = np.zeros(len(lower) + 1, np.uint64)
-    np.cumsum((lower + np.uint64(1)) * _UP[: len(lower)], out=sums[1:])
+    ((lower + np.uint64(1)) * _UP[: len(lower)]).cumsum(out=sums[1:])
     words = (sums[ends] - sums[starts]) * _DOWN[starts] * _MIX
     pairs = words[:-1] * np.uint64(3) + words[1:]
     places = np.concatenate((words[:2] * np.uint64(5), words[-1:] * np.uint64(7)))
@@ -137,10 +135,12 @@ def _byte_buckets(lower: NDArray[np.uint8]) -> NDArray[np.intp]:
     three = wide[:-2] | wide[1:-1] << np.uint32(8) | wide[2:] << np.uint32(16)
     four = three[:-1] | wide[3:] << np.uint32(24)
     five = four[:-1] * _HASH + wide[4:]
-    hashes = np.concatenate((three, four, five)) * _HASH
-    buckets = (hashes ^ (hashes >> np.uint32(15))) * _HASH >> _BYTE_SHIFT
-    placed: NDArray[np.intp] = buckets.astype(np.intp) + WORD_BUCKETS
-    return placed
+    hashes = np.concatenate((three, four, five))
+    hashes *= _HASH
+    hashes ^= hashes >> np.uint32(15)
+    hashes *= _HASH
+    hashes >>= _BYTE_SHIFT
+    return hashes.astype(np.intp)
 
 
 def _shape(prompt: str, raw: NDArray[np.uint8], *, words: int) -> NDArray[np.float64]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pointsman_core import graph
 from pointsman_core.deciders import ImpactParameters
@@ -232,6 +234,11 @@ class TestGroups:
     def test_one_pool_is_not_taken_apart(self, seen):
         got = encode(seen)
         assert got.split() == [got]
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_one_number_is_bounded_like_many(value):
+    assert graph._squashed(value) == bounded(np.array([value]))[0]
 
 
 def test_bounded_keeps_order_and_small_numbers():

@@ -168,6 +168,27 @@ class TestQueue:
         assert (np.diff(got) >= -ROUNDING).all()
         assert got[:batch].tolist() == [0.0] * min(batch, len(got))
 
+    @given(
+        present=st.lists(
+            st.tuples(st.integers(1, 2000), st.integers(1, 500), st.integers(0, 9)), max_size=12
+        ),
+        batch=st.integers(1, 24),
+        waited=st.floats(0, 9),
+    )
+    def test_terms_that_drop_out_while_nobody_waits_were_none(
+        self, present, batch, waited, observed
+    ):
+        seen = observed(present, expert={"limits": {"concurrency": batch}}, arrival_s=1 - waited)
+        got = forecast(seen)
+        with pytest.MonkeyPatch.context() as patch:
+            load = _Load.of(seen)
+            patch.setattr(load, "overfull", True)
+            patch.setattr(load, "running", np.minimum(load.present, load.slots))
+            patch.setattr(_Load, "of", lambda _: load)
+            whole = forecast(seen)
+        for field in dataclasses.fields(got):
+            np.testing.assert_array_equal(getattr(got, field.name), getattr(whole, field.name))
+
 
 class TestLimits:
     @pytest.mark.parametrize(

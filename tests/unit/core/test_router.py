@@ -129,6 +129,14 @@ class TestTies:
             drawn.add(decision.chosen.address)
         assert drawn == {A, B, C, D, E}
 
+    def test_lots_are_those_that_numpy_would_draw(self, build):
+        addresses = [f"10.0.0.{i}:8000" for i in range(1, 8)]
+        router, _ = build.router(build.expert("x", *addresses), seed=5)
+        rng = np.random.default_rng(5)
+        for _ in range(50):
+            chosen = router.decide(build.request(), now_s=0.0).chosen
+            assert chosen.address == rng.choice([c.address for c in router.table.candidates])
+
     def test_the_same_seed_draws_the_same(self, site, build):
         def picks(seed):
             router, _ = site(algorithm=Algorithm.RANDOM, seed=seed)

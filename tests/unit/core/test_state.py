@@ -219,6 +219,22 @@ class TestGauges:
         assert state.kv_usage(now_s=now)[0] == pytest.approx(0.5 if fresh else np.nan, nan_ok=True)
         assert state.load(A) is load
 
+    def test_each_counts_until_it_is_stale_whenever_they_are_asked(self, state):
+        for address, running, at in ((A, 3, 1.0), (B, 7, 2.0)):
+            for _ in range(2):
+                state.set_load(address, EngineLoad(running=running, waiting=0), now_s=at)
+        stale_a, stale_b = (at + GAUGES_STALE_AFTER_S for at in (1.0, 2.0))
+        for now, want in (
+            (2.0, [3, 7]),
+            (stale_a, [3, 7]),
+            (stale_a + 0.5, [0, 7]),
+            (stale_b + 0.5, [0, 0]),
+            (3.0, [3, 7]),
+        ):
+            assert state.foreign(now_s=now).tolist() == want, now
+        state.set_load(A, EngineLoad(running=1, waiting=0), now_s=stale_b)
+        assert state.foreign(now_s=stale_b).tolist() == [1, 7], "news count at once"
+
     def test_an_engine_that_does_not_tell_its_kv_use_has_none(self, state):
         state.set_load(A, EngineLoad(running=0, waiting=0, kv_usage=0.5), now_s=0.0)
         state.set_load(A, EngineLoad(running=0, waiting=0), now_s=0.0)
