@@ -32,14 +32,14 @@ def print_report(console: Console, report: DemoReport) -> None:
 
 
 def results_table(report: DemoReport) -> Table:
-    """One line per decider; the best average QoS stands out."""
+    """One line per decider; the best average QoS and those level with it stand out."""
     workload = report.workload
     table = _table(
         f"{counted(workload.requests, 'request')} at {workload.rate:.2g}/s, each decider in turn",
         caption=(
             f"QoS: score of an answer within {workload.limit_ms_per_token:g} ms per token, else 0;"
             " over all requests, ± 95 % if they were independent. Late: of all requests, failed"
-            f" ones included. {workload.description}."
+            f" ones included.{_level_line(report)} {workload.description}."
             + (" Engines are simulated." if report.simulated else "")
             + ("" if report.model is None else f" {model_line(report.model)}.")
         ),
@@ -58,8 +58,17 @@ def results_table(report: DemoReport) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     best = max((run.average_qos for run in report.runs), default=0.0)
     for run in report.runs:
-        table.add_row(*_cells(run), style="bold green" if run.average_qos == best else None)
+        level = "green" if run.decider in report.level_with_best else None
+        table.add_row(*_cells(run), style="bold green" if run.average_qos == best else level)
     return table
+
+
+def _level_line(report: DemoReport) -> str:
+    if not report.level_with_best:
+        return ""
+    best = max(report.runs, key=lambda run: run.average_qos).decider
+    others = ", ".join(report.level_with_best)
+    return f" Too few requests to tell {best} from {others} (95 %, paired by request)."
 
 
 def _cells(run: RunResult) -> tuple[str, ...]:

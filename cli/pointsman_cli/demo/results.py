@@ -150,6 +150,8 @@ class DemoReport(Frozen):
     """What ``pointsman demo --json`` prints."""
 
     runs: list[RunResult]
+    level_with_best: list[str] = []
+    """Deciders whose average QoS these requests do not tell from the best one's: see `level`."""
     workload: WorkloadReport
     simulated: bool
     """Whether any engine was a simulation."""
@@ -223,17 +225,37 @@ def summarise(
     )
 
 
+def level(runs: Sequence[RunResult]) -> list[str]:
+    """Deciders, but for the best, that the same requests do not tell from it.
+
+    The 95 % interval of the difference of their average QoS, paired by request, holds 0.
+    """
+    best = max(runs, key=lambda run: run.average_qos)
+    gaps = [(run.decider, *_difference(best, run)) for run in runs if run is not best]
+    return [decider for decider, gap, margin in gaps if gap <= margin]
+
+
 def compare(run: RunResult, simulated: RunResult) -> Comparison:
     """Set a run beside the simulation of the same requests."""
-    differences = np.subtract(run.qos, simulated.qos)
+    difference, margin = _difference(run, simulated)
     pairs = zip(run.answered_by, simulated.answered_by, strict=True)
     return Comparison(
         decider=run.decider,
         simulator=simulated,
-        difference=float(differences.mean()),
-        difference_95=1.96 * float(differences.std()) / math.sqrt(len(differences)),
-        same_expert=sum(one == other for one, other in pairs) / len(differences),
+        difference=difference,
+        difference_95=margin,
+        same_expert=sum(one == other for one, other in pairs) / len(run.qos),
     )
+
+
+def _difference(run: RunResult, other: RunResult) -> tuple[float, float]:
+    """Average QoS of one less that of the other, and half the width of its 95 % interval.
+
+    Paired by request, and these taken as independent of each other.
+    """
+    differences = np.subtract(run.qos, other.qos)
+    margin = 1.96 * float(differences.std()) / math.sqrt(len(differences))
+    return float(differences.mean()), margin
 
 
 def percentile(values: "np.ndarray[tuple[int], np.dtype[np.float64]]", q: float) -> float | None:

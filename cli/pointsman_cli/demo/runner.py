@@ -27,6 +27,7 @@ from pointsman_cli.demo.results import (
     RunResult,
     WorkloadReport,
     compare,
+    level,
     summarise,
 )
 from pointsman_cli.demo.site import Site, clone_model, load_site, with_limit
@@ -218,6 +219,7 @@ async def _run_all(
         runs.append(result)
     return DemoReport(
         runs=runs,
+        level_with_best=level(runs),
         workload=prepared.report(),
         simulated=bool(stack.simulated),
         simulated_experts=list(stack.simulated),

@@ -88,6 +88,17 @@ def test_table_has_a_line_per_decider_and_says_what_it_is(report):
     assert "warning: [watch] this" in text
 
 
+def test_what_too_few_requests_cannot_tell_from_the_best_is_named(report):
+    level_with_best = ["RoundRobin", "LeastLoad"]
+    console = Console(file=io.StringIO(), width=300)
+    console.print(results_table(report.model_copy(update={"level_with_best": level_with_best})))
+    wanted = "Too few requests to tell Random from RoundRobin, LeastLoad (95 %, paired by request)."
+    assert wanted in " ".join(console.file.getvalue().split())
+    console = Console(file=io.StringIO(), width=300)
+    console.print(results_table(report))
+    assert "Too few" not in console.file.getvalue()
+
+
 def test_headings_are_whole_words_in_80_columns(report):
     slowest = {"p50_ms_per_token": 12_345.6, "p99_ms_per_token": 120_000.0}
     longest = result("LatencyQualityGreedy").model_copy(update=slowest)

@@ -9,6 +9,7 @@ from pointsman_cli.demo.results import (
     RunResult,
     WorkloadReport,
     compare,
+    level,
     summarise,
 )
 
@@ -192,3 +193,22 @@ def test_compares_request_by_request(result):
     # Differences are four zeros and -0.8: mean square 0.128, less 0.16 squared.
     assert compared.difference_95 == pytest.approx(1.96 * (0.1024 / 5) ** 0.5)
     assert compared.same_expert == pytest.approx(4 / 5)
+
+
+def with_qos(result, decider, qos):
+    return result.model_copy(
+        update={"decider": decider, "qos": qos, "average_qos": sum(qos) / len(qos)}
+    )
+
+
+def test_level_with_the_best_is_what_the_same_requests_do_not_tell_from_it(result):
+    hard = [0.0, 1.0] * 50  # the requests differ far more than the deciders do
+    runs = [
+        with_qos(result, "a little worse on all", [max(0.0, one - 0.02) for one in hard]),
+        with_qos(result, "best", hard),
+        with_qos(result, "worse on one alone", [*hard[:-1], 0.5]),
+        with_qos(result, "the same", hard),
+        with_qos(result, "hopeless", [0.0] * 100),
+    ]
+    assert level(runs) == ["worse on one alone", "the same"]
+    assert level(runs[1:2]) == []
