@@ -38,6 +38,7 @@ from pointsman_operator.conditions import (
     Transition,
     Type,
     conditions_of,
+    last_known,
     render_conditions,
     transitions,
 )
@@ -61,6 +62,7 @@ MAX_STORED_BYTES: Final = 1024 * 1024
 """What the API server lets a ConfigMap hold."""
 
 _R = TypeVar("_R", LLMExpert, RoutingPolicy)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ class Previous:
     """Endpoints that serve other models, by expert; none is known after a start."""
     statuses: Mapping[Ref, JsonObject] = field(default_factory=dict)
     """As last written; where there is none the observed one counts."""
+    known: Mapping[Ref, Mapping[str, JsonObject]] = field(default_factory=dict)
+    """Conditions as they were when last known, by type, of the statuses written."""
     stored: Mapping[Key, StoredSnapshot] = field(default_factory=dict)
     """ConfigMaps, by policy."""
 
@@ -121,6 +125,8 @@ class StatusWrite:
     ref: Ref
     status: JsonObject
     events: tuple[Transition, ...] = ()
+    known: Mapping[str, JsonObject] = field(default_factory=dict)
+    """Its conditions, as in `Previous.known`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +170,8 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
         )
         if write is not None
     )
+    there = {Ref(Kind.EXPERT, e.meta.key, e.meta.uid) for e in experts.values()}
+    there |= {Ref(Kind.POLICY, p.meta.key, p.meta.uid) for p in policies}
     return Outcome(
         snapshots=tuple(snapshots[key] for key in sorted(snapshots)),
         config_maps=config_maps,
@@ -178,7 +186,8 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
                 key: Unfit(one.meta.uid, one.meta.generation, one.unfit)
                 for key, one in experts.items()
             },
-            statuses=_next_statuses(previous, statuses, experts, policies),
+            statuses=_kept(previous.statuses, there) | {one.ref: one.status for one in statuses},
+            known=_kept(previous.known, there) | {one.ref: one.known for one in statuses},
             stored={key: one for key, one in previous.stored.items() if key in unseen}
             | {
                 key: StoredSnapshot(p.snapshot.version, p.meta.uid)
@@ -758,8 +767,9 @@ def _status_write(
     }
     if old is not None and _comparable(old, conditions) == _comparable(status, conditions):
         return None
-    events = transitions(before, conditions)
-    return StatusWrite(ref, status, events)
+    known = last_known(previous.known.get(ref, {}), before)
+    events = transitions(known, conditions)
+    return StatusWrite(ref, status, events, last_known(known, conditions_of(status)))
 
 
 def _comparable(status: JsonObject, ours: Iterable[JsonObject]) -> dict[str, Any]:
@@ -769,14 +779,6 @@ def _comparable(status: JsonObject, ours: Iterable[JsonObject]) -> dict[str, Any
     return {**status, "conditions": found}
 
 
-def _next_statuses(
-    previous: Previous,
-    writes: Iterable[StatusWrite],
-    experts: Mapping[Key, _Expert],
-    policies: Iterable[_Policy],
-) -> dict[Ref, JsonObject]:
-    """What was written before and is still there, and what is to be written now."""
-    there = {Ref(Kind.EXPERT, e.meta.key, e.meta.uid) for e in experts.values()}
-    there |= {Ref(Kind.POLICY, p.meta.key, p.meta.uid) for p in policies}
-    kept = {ref: status for ref, status in previous.statuses.items() if ref in there}
-    return kept | {write.ref: write.status for write in writes}
+def _kept(before: Mapping[Ref, _T], there: AbstractSet[Ref]) -> dict[Ref, _T]:
+    """Of objects that are still there."""
+    return {ref: one for ref, one in before.items() if ref in there}

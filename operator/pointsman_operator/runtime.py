@@ -381,6 +381,7 @@ class Operator:
     def _audit(self, written: Mapping[Ref, Any], touched: set[Key]) -> None:
         """Forget what was written of objects that are gone, or that somebody changed."""
         kept: dict[Ref, JsonObject] = {}
+        known: dict[Ref, Mapping[str, JsonObject]] = {}
         for kind in OWN_KINDS:
             for key, found in self.store.objects(kind).items():
                 ref = Ref(kind, key, found.meta.uid)
@@ -388,7 +389,9 @@ class Operator:
                 settled = written.get(ref) is ours and key not in touched
                 if ours is not None and not (settled and found.status != ours):
                     kept[ref] = ours
-        self._remember(statuses=kept)
+                if ref in self._memory.previous.known:
+                    known[ref] = self._memory.previous.known[ref]
+        self._remember(statuses=kept, known=known)
 
     # --- snapshots ---------------------------------------------------------------------
 
@@ -587,7 +590,11 @@ class Operator:
         error = await self._try("status", self._cluster.write_status(write))
         if error is not None and not error.object_is_gone:
             return False
-        self._remember(statuses={**self._memory.previous.statuses, write.ref: write.status})
+        previous = self._memory.previous
+        self._remember(
+            statuses={**previous.statuses, write.ref: write.status},
+            known={**previous.known, write.ref: write.known},
+        )
         if error is not None:
             return True  # its end, or its successor, will be told by the watch
         for event in write.events:
