@@ -691,6 +691,16 @@ def _programmed(policy: _Policy, observed: Observed, having: AbstractSet[str]) -
 def _policy_ready(
     policy: _Policy, refs: Finding, programmed: Finding, model: Finding, *, refusal: str
 ) -> Finding:
+    ready = _serving(policy, refs, programmed, model)
+    if (missing := _not_stored(policy, refusal)) is None:
+        return ready
+    # Told in any case; whoever cannot be reached now matters more.
+    reason, text = missing
+    reason = reason if ready.status == TRUE else ready.reason
+    return replace(ready, reason=reason, message=f"{ready.message}; {text}")
+
+
+def _serving(policy: _Policy, refs: Finding, programmed: Finding, model: Finding) -> Finding:
     if policy.verdict.status != TRUE:
         text = f"{policy.verdict.message}; {_what_stays(policy)}"
         return Finding(Type.READY, FALSE, policy.verdict.reason, text)
@@ -713,15 +723,20 @@ def _policy_ready(
         shortcomings.append(model.message)
     text = f"{counted(len(candidates), 'endpoint')} of {counted(len(routed), 'expert')} routed"
     text = "; ".join([text, *shortcomings])
-    if not policy.storable:
-        text += f"; the snapshot, over {MAX_STORED_BYTES} bytes, is too large for its ConfigMap: "
-        return Finding(Type.READY, TRUE, Reason.SNAPSHOT_TOO_LARGE, text + _LACKS_IT)
-    if refusal:
-        name = CONFIG_MAP_PREFIX + policy.meta.key.name
-        text += f"; the snapshot is not in ConfigMap {name}: {_LACKS_IT}; {refusal}"
-        return Finding(Type.READY, TRUE, Reason.SNAPSHOT_NOT_STORED, text)
     reason = Reason.DEGRADED if shortcomings else Reason.SERVING
     return Finding(Type.READY, TRUE, reason, text)
+
+
+def _not_stored(policy: _Policy, refusal: str) -> tuple[Reason, str] | None:
+    """Why the snapshot in force is in no ConfigMap; ``refusal`` is the API server's word."""
+    if not policy.storable:
+        text = f"the snapshot, over {MAX_STORED_BYTES} bytes, is too large for its ConfigMap"
+        return Reason.SNAPSHOT_TOO_LARGE, f"{text}: {_LACKS_IT}"
+    if not refusal:
+        return None
+    name = CONFIG_MAP_PREFIX + policy.meta.key.name
+    text = f"the snapshot is not in ConfigMap {name}: {_LACKS_IT}; {refusal}"
+    return Reason.SNAPSHOT_NOT_STORED, text
 
 
 _LACKS_IT: Final = "a policy server that starts while the operator is away lacks it"

@@ -97,6 +97,8 @@ class Memory:
     previous: Previous = field(default_factory=Previous)
     restored: bool = False
     """The ConfigMaps were read."""
+    unstored: dict[Key, str] = field(default_factory=dict)
+    """Why the API server refuses a policy's ConfigMap."""
 
 
 class Operator:
@@ -138,8 +140,6 @@ class Operator:
         self._retry_s = FIRST_RETRY_S
         self._retries = Retries(FIRST_RETRY_S, LAST_RETRY_S)
         """Of writes, by object."""
-        self._unstored: dict[Key, str] = {}
-        """Why the API server refuses a policy's ConfigMap."""
         self._late: set[Kind] = set()
         """Own kinds that were not installed once, and that no watch has told of since."""
         self._events = EventBudget()
@@ -441,7 +441,7 @@ class Operator:
             pools=objects(Kind.POOL),
             pools_installed=self.store.installed(Kind.POOL),
             unreadable=self._forbidden,
-            unstored=dict(self._unstored),
+            unstored=dict(self._memory.unstored),
             servers=self._publisher.states(),
             probes={} if self._prober is None else self._prober.results(),
             performance=self._performance,
@@ -556,8 +556,8 @@ class Operator:
         return bool(due)
 
     def _forget_refusals(self, wanted: Collection[Key]) -> None:
-        for key in self._unstored.keys() - set(wanted):
-            del self._unstored[key]
+        for key in self._memory.unstored.keys() - set(wanted):
+            del self._memory.unstored[key]
             self._unwritten.set()  # its status says so
 
     async def _write_snapshot(self, write: SnapshotWrite) -> bool:
@@ -572,9 +572,9 @@ class Operator:
         return True
 
     def _note_refusal(self, policy: Key, text: str | None) -> None:
-        before = self._unstored.pop(policy, None)
+        before = self._memory.unstored.pop(policy, None)
         if text is not None:
-            self._unstored[policy] = text
+            self._memory.unstored[policy] = text
         if text != before:
             self._unwritten.set()
 

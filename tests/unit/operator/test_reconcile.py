@@ -1106,6 +1106,16 @@ def test_a_config_map_that_is_refused_is_named(api):
     assert (True, "SnapshotNotStored") in [(one.warning, one.reason) for one in write.events]
 
 
+def test_a_config_map_that_is_refused_is_named_also_while_nothing_is_routed(api):
+    world = api.policy(), api.expert()
+    unreached = {"s": ServerState(error="cannot be reached")}
+    outcome = api.reconcile(api.observe(*world, servers=unreached, unstored={AUTO: "a quota"}))
+    assert api.conditions(outcome, "auto")["Ready"] == ("False", "ServerUnreachable")
+    text = api.message(outcome, "auto", "Ready")
+    assert "cannot be reached; the snapshot is not in ConfigMap pointsman-snapshot-auto" in text
+    assert text.endswith("; a quota")
+
+
 def test_a_condition_of_somebody_else_is_no_change(api):
     first = api.reconcile(api.observe(api.policy(), api.expert()))
     foreign = {"type": "Approved", "status": "True", "reason": "By", "message": "hand"}
