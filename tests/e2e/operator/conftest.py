@@ -196,12 +196,8 @@ class Plant:
             log_path=self.folder / "policy-server.log",
         )
         await wait_for_http(self.session, self.server, f"{self.http_url}/healthz")
-        await self.api.apply(
-            service(SERVICE, self.operator_namespace, port=9003),
-            endpoint_slice(
-                SERVICE, self.operator_namespace, {f"{self.host}:{self.ports['control']}": True}
-            ),
-        )
+        address = f"{self.host}:{self.ports['control']}"
+        await self.api.apply(*service_of(self.operator_namespace, address))
 
     async def start_operator(self, *flags: str) -> None:
         """Under its own service account, with what the shipped RBAC allows."""
@@ -268,6 +264,12 @@ def endpoint_slice(
     }
 
 
+def service_of(namespace: str, address: str) -> tuple[Json, Json]:
+    """The Service of the policy servers."""
+    endpoints = endpoint_slice(SERVICE, namespace, {address: True})
+    return service(SERVICE, namespace, port=9003), endpoints
+
+
 def is_bad(line: Json) -> bool:
     """Whether a line of the operator's log tells of a bug or of a lacking permission."""
     if re.search(r"\b403\b|forbidden", json.dumps(line), re.IGNORECASE):
@@ -307,7 +309,12 @@ async def plant(
         processes = await stack.enter_async_context(children())
         found = Plant(api, folder, session, processes, host, Authority(folder))
         found.operator_namespace, found.service_account = namespace, account["name"]
-        await api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+        whole = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
+        # Of a cluster where somebody has installed Pointsman nothing of theirs may go.
+        ours = await asyncio.to_thread(
+            controllers.missing, *service_of(namespace, f"{host}:1"), *rbac, whole
+        )
+        await api.apply(whole)
         await api.kubectl("apply", "--server-side", "-f", str(RBAC))
         found.operator_kubeconfig = await asyncio.to_thread(
             controllers.kubeconfig_of, account["name"], namespace=namespace
@@ -323,8 +330,7 @@ async def plant(
         )
         yield found
         problems = found.problems()
-        await api.kubectl("delete", "--wait=false", "--ignore-not-found", "-f", str(RBAC))
-        await api.kubectl("delete", "--wait=false", "namespace", namespace, "--ignore-not-found")
+        await asyncio.to_thread(controllers.delete, *ours, wait=False)
         assert problems == [], "the operator's log of the whole session"
 
 
