@@ -147,6 +147,11 @@ class Plant:
         return f"unix://{self.folder}/policy.sock"
 
     @property
+    def models(self) -> Path:
+        """The policy server's folder of models."""
+        return self.folder / "models"
+
+    @property
     def url(self) -> str:
         assert self.envoy is not None
         return self.envoy.url
@@ -183,11 +188,12 @@ class Plant:
         self.ports |= {"control": free_port(), "http": free_port()}
         snapshots = self.folder / "snapshots"
         snapshots.mkdir()
+        self.models.mkdir()
         self.server = await self.processes.start(
             "policy server",
             [
                 *(*POINTSMAN, "policy-server", "--snapshots", str(snapshots)),
-                *("--grpc-address", self.grpc_address),
+                *("--models", str(self.models), "--grpc-address", self.grpc_address),
                 *("--http-address", f"127.0.0.1:{self.ports['http']}"),
                 *("--control-address", f"{self.host}:{self.ports['control']}"),
                 *("--tls-cert", str(pair.certificate), "--tls-key", str(pair.key)),
@@ -673,13 +679,16 @@ class Place:
 
     async def decide(self) -> str:
         """The endpoint that a request would get now; empty if none."""
-        stub = self.plant.policy_api
-        assert stub is not None
         try:
-            answer = await stub.Decide(pb.DecideRequest(model=self.model, prompt="Hello"))
+            return str((await self.decision()).endpoint)
         except grpc.aio.AioRpcError as error:
             return error.code().name
-        return str(answer.endpoint)
+
+    async def decision(self) -> pb.Decision:
+        """What would be decided of a request now."""
+        stub = self.plant.policy_api
+        assert stub is not None
+        return await stub.Decide(pb.DecideRequest(model=self.model, prompt="Hello"))
 
     @contextlib.asynccontextmanager
     async def load(self, *, clients: int = 4) -> AsyncIterator[list[int | str]]:
