@@ -45,6 +45,8 @@ SERVED_NAME_PATTERN = r"^/?[A-Za-z0-9][A-Za-z0-9._:/@+-]*$"
 LABEL_VALUE_PATTERN = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"
 LABEL_KEY_PATTERN = rf"^({_LABEL}(\.{_LABEL})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
 ADDRESS_PATTERN = rf"^({_OCTET}(\.{_OCTET}){{3}}|\[[0-9A-Fa-f:.]{{2,45}}\]):{_PORT}$"
+_NOWHERE = r"^(0\.0\.0\.0|\[[0:.]+\]):"
+"""An address of nothing but zeros, in any notation of `ADDRESS_PATTERN`."""
 URL_PATH_PATTERN = r"^/[^ ?#]*$"
 VERSION_PATTERN = r"^[0-9a-f]{16}$"
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
@@ -381,6 +383,13 @@ class Backend(Resource):
             "isIP(address.substring(1, address.indexOf(']'))))",
             message="what stands between [ and ] in addresses must be an IPv6 address",
             holds=lambda backend: all(map(_is_ip, backend.addresses or ())),
+        ),
+        Rule(
+            cel="!has(self.addresses) || !self.addresses.exists(address, "
+            f"address.matches(r'{_NOWHERE}'))",
+            message="0.0.0.0 and [::] are where an engine listens, not where it is: write the "
+            "address of its machine in addresses, such as 10.0.0.7:8000, or 127.0.0.1:8000",
+            holds=lambda backend: not any(re.match(_NOWHERE, a) for a in backend.addresses or ()),
         ),
     )
 

@@ -281,6 +281,16 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 
 
+def last_known(
+    known: Mapping[str, JsonObject], conditions: Mapping[str, JsonObject]
+) -> dict[str, JsonObject]:
+    """Conditions by type; those that are Unknown as they were before, if that is known."""
+    return {
+        type_: known.get(type_, one) if one["status"] == UNKNOWN else one
+        for type_, one in conditions.items()
+    }
+
+
 _ALARMING: Final = frozenset(
     {Reason.SNAPSHOT_TOO_LARGE, Reason.SNAPSHOT_NOT_STORED, Reason.DEGRADED}
 )
@@ -290,7 +300,7 @@ _ALARMING: Final = frozenset(
 def transitions(
     before: Mapping[str, JsonObject], after: Iterable[JsonObject]
 ) -> tuple[Transition, ...]:
-    """What to tell as Events.
+    """What to tell as Events; ``before`` is as of `last_known`.
 
     A change to Unknown is no news, and at first sight only refusals, readiness and
     references that lead nowhere are.

@@ -1,10 +1,15 @@
 """The operator's logs, kopf's own among them."""
 
 import logging
+import re
+
+import kopf
 
 from pointsman_common import logs
 
 _GONE = (404, 410)
+_ENDS_WITH_CREDENTIALS = re.compile(r"Connector is closed|will re-authenticate")
+"""Of requests that kopf tries again by itself: it closes all connections when one was refused."""
 
 
 def configure_logs(*, level: str, style: str) -> None:
@@ -20,13 +25,23 @@ def is_gone(error: BaseException | None) -> bool:
     return getattr(error, "status", None) in _GONE
 
 
-def _quieten(record: logging.LogRecord) -> bool:
-    """Let a failure of kopf's watch be a warning when `is_gone`.
+def is_locked_out(error: BaseException | None) -> bool:
+    """Whether the API server does not accept the credentials."""
+    return isinstance(error, kopf.LoginError)
 
-    asyncio tells of those for which kopf did not wait.
+
+def _quieten(record: logging.LogRecord) -> bool:
+    """Let a failure of kopf's watch be a warning when `is_gone`, and nothing when `is_locked_out`.
+
+    Of the latter every task of kopf tells, with advice for those who write operators; whoever
+    has started it tells it once. asyncio tells of those for which kopf did not wait.
     """
+    if not record.name.startswith(("kopf.", "asyncio")):
+        return True
     error = record.exc_info[1] if record.exc_info else None
-    if record.name.startswith(("kopf.", "asyncio")) and is_gone(error):
+    if is_locked_out(error) or _ENDS_WITH_CREDENTIALS.search(record.getMessage()):
+        return False
+    if is_gone(error):
         record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
         record.exc_info = None
     return True

@@ -360,16 +360,24 @@ _TLS_FAULTS: Final = (
     ("Hostname Verification", "its certificate is for another name: see --tls-server-name"),
     ("security handshaker", "--tls-cert, --tls-key and --tls-ca cannot be used together"),
     ("WRONG_VERSION_NUMBER", "it does not speak TLS"),
-    ("Socket closed", "it closes the connection: with TLS, it may not trust --tls-cert"),
+    (
+        "Socket closed",
+        "it closes the connection: with TLS, it may not trust --tls-cert, or find it expired",
+    ),
+    # Another authority would not mend these; OpenSSL says the same of one in between.
+    ("certificate has expired", "its certificate, or its authority's, has expired"),
+    ("certificate is not yet valid", "its certificate, or its authority's, is not valid yet"),
 )
 _UNTRUSTED: Final = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([a-z -]+)")
 
 
 def _unavailable(details: str) -> str:
     """What can be mended is named; the rest of the details are attempts and times."""
+    if text := next((text for sign, text in _TLS_FAULTS if sign in details), ""):
+        return text
     if found := _UNTRUSTED.search(details):
         return f"its certificate is not trusted: {found[1].strip()} (--tls-ca)"
-    return next((text for sign, text in _TLS_FAULTS if sign in details), "cannot be reached")
+    return "cannot be reached"
 
 
 # --- gRPC ------------------------------------------------------------------------------

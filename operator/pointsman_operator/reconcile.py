@@ -38,6 +38,7 @@ from pointsman_operator.conditions import (
     Transition,
     Type,
     conditions_of,
+    last_known,
     render_conditions,
     transitions,
 )
@@ -61,6 +62,7 @@ MAX_STORED_BYTES: Final = 1024 * 1024
 """What the API server lets a ConfigMap hold."""
 
 _R = TypeVar("_R", LLMExpert, RoutingPolicy)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ class Previous:
     """Endpoints that serve other models, by expert; none is known after a start."""
     statuses: Mapping[Ref, JsonObject] = field(default_factory=dict)
     """As last written; where there is none the observed one counts."""
+    known: Mapping[Ref, Mapping[str, JsonObject]] = field(default_factory=dict)
+    """Conditions as they were when last known, by type, of the statuses written."""
     stored: Mapping[Key, StoredSnapshot] = field(default_factory=dict)
     """ConfigMaps, by policy."""
 
@@ -121,6 +125,8 @@ class StatusWrite:
     ref: Ref
     status: JsonObject
     events: tuple[Transition, ...] = ()
+    known: Mapping[str, JsonObject] = field(default_factory=dict)
+    """Its conditions, as in `Previous.known`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +170,8 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
         )
         if write is not None
     )
+    there = {Ref(Kind.EXPERT, e.meta.key, e.meta.uid) for e in experts.values()}
+    there |= {Ref(Kind.POLICY, p.meta.key, p.meta.uid) for p in policies}
     return Outcome(
         snapshots=tuple(snapshots[key] for key in sorted(snapshots)),
         config_maps=config_maps,
@@ -178,7 +186,8 @@ def reconcile(observed: Observed, previous: Previous, now: datetime) -> Outcome:
                 key: Unfit(one.meta.uid, one.meta.generation, one.unfit)
                 for key, one in experts.items()
             },
-            statuses=_next_statuses(previous, statuses, experts, policies),
+            statuses=_kept(previous.statuses, there) | {one.ref: one.status for one in statuses},
+            known=_kept(previous.known, there) | {one.ref: one.known for one in statuses},
             stored={key: one for key, one in previous.stored.items() if key in unseen}
             | {
                 key: StoredSnapshot(p.snapshot.version, p.meta.uid)
@@ -682,6 +691,16 @@ def _programmed(policy: _Policy, observed: Observed, having: AbstractSet[str]) -
 def _policy_ready(
     policy: _Policy, refs: Finding, programmed: Finding, model: Finding, *, refusal: str
 ) -> Finding:
+    ready = _serving(policy, refs, programmed, model)
+    if (missing := _not_stored(policy, refusal)) is None:
+        return ready
+    # Told in any case; whoever cannot be reached now matters more.
+    reason, text = missing
+    reason = reason if ready.status == TRUE else ready.reason
+    return replace(ready, reason=reason, message=f"{ready.message}; {text}")
+
+
+def _serving(policy: _Policy, refs: Finding, programmed: Finding, model: Finding) -> Finding:
     if policy.verdict.status != TRUE:
         text = f"{policy.verdict.message}; {_what_stays(policy)}"
         return Finding(Type.READY, FALSE, policy.verdict.reason, text)
@@ -704,15 +723,20 @@ def _policy_ready(
         shortcomings.append(model.message)
     text = f"{counted(len(candidates), 'endpoint')} of {counted(len(routed), 'expert')} routed"
     text = "; ".join([text, *shortcomings])
-    if not policy.storable:
-        text += f"; the snapshot, over {MAX_STORED_BYTES} bytes, is too large for its ConfigMap: "
-        return Finding(Type.READY, TRUE, Reason.SNAPSHOT_TOO_LARGE, text + _LACKS_IT)
-    if refusal:
-        name = CONFIG_MAP_PREFIX + policy.meta.key.name
-        text += f"; the snapshot is not in ConfigMap {name}: {_LACKS_IT}; {refusal}"
-        return Finding(Type.READY, TRUE, Reason.SNAPSHOT_NOT_STORED, text)
     reason = Reason.DEGRADED if shortcomings else Reason.SERVING
     return Finding(Type.READY, TRUE, reason, text)
+
+
+def _not_stored(policy: _Policy, refusal: str) -> tuple[Reason, str] | None:
+    """Why the snapshot in force is in no ConfigMap; ``refusal`` is the API server's word."""
+    if not policy.storable:
+        text = f"the snapshot, over {MAX_STORED_BYTES} bytes, is too large for its ConfigMap"
+        return Reason.SNAPSHOT_TOO_LARGE, f"{text}: {_LACKS_IT}"
+    if not refusal:
+        return None
+    name = CONFIG_MAP_PREFIX + policy.meta.key.name
+    text = f"the snapshot is not in ConfigMap {name}: {_LACKS_IT}; {refusal}"
+    return Reason.SNAPSHOT_NOT_STORED, text
 
 
 _LACKS_IT: Final = "a policy server that starts while the operator is away lacks it"
@@ -758,8 +782,9 @@ def _status_write(
     }
     if old is not None and _comparable(old, conditions) == _comparable(status, conditions):
         return None
-    events = transitions(before, conditions)
-    return StatusWrite(ref, status, events)
+    known = last_known(previous.known.get(ref, {}), before)
+    events = transitions(known, conditions)
+    return StatusWrite(ref, status, events, last_known(known, conditions_of(status)))
 
 
 def _comparable(status: JsonObject, ours: Iterable[JsonObject]) -> dict[str, Any]:
@@ -769,14 +794,6 @@ def _comparable(status: JsonObject, ours: Iterable[JsonObject]) -> dict[str, Any
     return {**status, "conditions": found}
 
 
-def _next_statuses(
-    previous: Previous,
-    writes: Iterable[StatusWrite],
-    experts: Mapping[Key, _Expert],
-    policies: Iterable[_Policy],
-) -> dict[Ref, JsonObject]:
-    """What was written before and is still there, and what is to be written now."""
-    there = {Ref(Kind.EXPERT, e.meta.key, e.meta.uid) for e in experts.values()}
-    there |= {Ref(Kind.POLICY, p.meta.key, p.meta.uid) for p in policies}
-    kept = {ref: status for ref, status in previous.statuses.items() if ref in there}
-    return kept | {write.ref: write.status for write in writes}
+def _kept(before: Mapping[Ref, _T], there: AbstractSet[Ref]) -> dict[Ref, _T]:
+    """Of objects that are still there."""
+    return {ref: one for ref, one in before.items() if ref in there}

@@ -97,6 +97,8 @@ class Memory:
     previous: Previous = field(default_factory=Previous)
     restored: bool = False
     """The ConfigMaps were read."""
+    unstored: dict[Key, str] = field(default_factory=dict)
+    """Why the API server refuses a policy's ConfigMap."""
 
 
 class Operator:
@@ -138,8 +140,6 @@ class Operator:
         self._retry_s = FIRST_RETRY_S
         self._retries = Retries(FIRST_RETRY_S, LAST_RETRY_S)
         """Of writes, by object."""
-        self._unstored: dict[Key, str] = {}
-        """Why the API server refuses a policy's ConfigMap."""
         self._late: set[Kind] = set()
         """Own kinds that were not installed once, and that no watch has told of since."""
         self._events = EventBudget()
@@ -381,6 +381,7 @@ class Operator:
     def _audit(self, written: Mapping[Ref, Any], touched: set[Key]) -> None:
         """Forget what was written of objects that are gone, or that somebody changed."""
         kept: dict[Ref, JsonObject] = {}
+        known: dict[Ref, Mapping[str, JsonObject]] = {}
         for kind in OWN_KINDS:
             for key, found in self.store.objects(kind).items():
                 ref = Ref(kind, key, found.meta.uid)
@@ -388,7 +389,9 @@ class Operator:
                 settled = written.get(ref) is ours and key not in touched
                 if ours is not None and not (settled and found.status != ours):
                     kept[ref] = ours
-        self._remember(statuses=kept)
+                if ref in self._memory.previous.known:
+                    known[ref] = self._memory.previous.known[ref]
+        self._remember(statuses=kept, known=known)
 
     # --- snapshots ---------------------------------------------------------------------
 
@@ -438,7 +441,7 @@ class Operator:
             pools=objects(Kind.POOL),
             pools_installed=self.store.installed(Kind.POOL),
             unreadable=self._forbidden,
-            unstored=dict(self._unstored),
+            unstored=dict(self._memory.unstored),
             servers=self._publisher.states(),
             probes={} if self._prober is None else self._prober.results(),
             performance=self._performance,
@@ -553,8 +556,8 @@ class Operator:
         return bool(due)
 
     def _forget_refusals(self, wanted: Collection[Key]) -> None:
-        for key in self._unstored.keys() - set(wanted):
-            del self._unstored[key]
+        for key in self._memory.unstored.keys() - set(wanted):
+            del self._memory.unstored[key]
             self._unwritten.set()  # its status says so
 
     async def _write_snapshot(self, write: SnapshotWrite) -> bool:
@@ -569,9 +572,9 @@ class Operator:
         return True
 
     def _note_refusal(self, policy: Key, text: str | None) -> None:
-        before = self._unstored.pop(policy, None)
+        before = self._memory.unstored.pop(policy, None)
         if text is not None:
-            self._unstored[policy] = text
+            self._memory.unstored[policy] = text
         if text != before:
             self._unwritten.set()
 
@@ -587,7 +590,11 @@ class Operator:
         error = await self._try("status", self._cluster.write_status(write))
         if error is not None and not error.object_is_gone:
             return False
-        self._remember(statuses={**self._memory.previous.statuses, write.ref: write.status})
+        previous = self._memory.previous
+        self._remember(
+            statuses={**previous.statuses, write.ref: write.status},
+            known={**previous.known, write.ref: write.known},
+        )
         if error is not None:
             return True  # its end, or its successor, will be told by the watch
         for event in write.events:

@@ -16,6 +16,7 @@ from pointsman_operator.observed import Key
 ENVIRONMENT_PREFIX: Final = "POINTSMAN_"
 SHORTEST_INTERVAL_S: Final = 1.0
 _MAX_PORT: Final = 65535
+_GIVE_TLS: Final = "give --tls-cert, --tls-key and --tls-ca"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +141,8 @@ class OperatorSettings:
             for address in self.policy_server_addresses:
                 if not is_loopback(address):
                     raise ValueError(
-                        f"plaintext is only for loopback, not for {address}: "
-                        "give --tls-cert, --tls-key and --tls-ca"
+                        "--policy-server-address: plaintext is only for loopback, not for "
+                        f"{address}: {_GIVE_TLS}"
                     )
 
 
@@ -188,6 +189,8 @@ def make_settings(
     servers = ServiceRef.parse(policy_servers) if policy_servers else None
     name = tls_server_name or (servers.host_name if servers else "")
     tls = make_tls(tls_cert, tls_key, tls_ca, name)
+    if servers is not None and tls is None:  # no EndpointSlice holds a loopback address
+        raise ValueError(f"--policy-servers: plaintext is only for loopback: {_GIVE_TLS}")
     return OperatorSettings(policy_servers=servers, tls=tls, **others)
 
 

@@ -17,7 +17,7 @@ import structlog
 
 from pointsman_operator import main
 from pointsman_operator.cluster import Cluster, ClusterError, connect
-from pointsman_operator.logs import is_gone
+from pointsman_operator.logs import is_gone, is_locked_out
 from pointsman_operator.observed import Kind
 from pointsman_operator.runtime import Memory
 from pointsman_operator.settings import OperatorSettings
@@ -28,6 +28,11 @@ PATIENCE_S: Final = 6.0
 """How long kopf may take to end: it gives others 5 s."""
 GOOD_RUN_S: Final = 60.0
 """After a run of this length the pauses are short again."""
+
+LOCKED_OUT: Final = (
+    "the API server does not accept the operator's credentials (401): renew those of the "
+    "kubeconfig or service account; trying again"
+)
 
 log = structlog.get_logger(__name__)
 
@@ -191,6 +196,8 @@ def supervise(
         except Exception as error:
             if is_gone(error):
                 log.warning("starting the watches again", reason=str(error))
+            elif is_locked_out(error):
+                log.warning(LOCKED_OUT)
             else:
                 log.exception("watches ended, starting again", error=str(error))
         else:

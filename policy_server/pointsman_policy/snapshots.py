@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pointsman_core.snapshot import Snapshot, read_snapshot
+from pointsman_core.snapshot import Snapshot, read_snapshot, snapshot_json
 from pointsman_policy.eds import EdsEndpoint, merge_endpoints
 from pointsman_policy.watch import MAX_BYTES, watched_files
 
@@ -92,7 +92,7 @@ def write_snapshot_files(folder: Path, snapshots: Iterable[Snapshot]) -> Iterato
     for snapshot in snapshots:
         file = folder / f"{snapshot.namespace}.{snapshot.policy}.json"
         draft = file.with_name(f".{file.name}.draft")
-        draft.write_text(snapshot.model_dump_json(), encoding="utf-8")
+        draft.write_text(snapshot_json(snapshot), encoding="utf-8")
         draft.replace(file)
         yield file
 

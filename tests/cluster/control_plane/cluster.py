@@ -69,9 +69,21 @@ class Cluster:
 
     def apply(self, *objects: Mapping[str, Any]) -> None:
         """Apply objects on the server's side."""
-        # JSON: kubectl and PyYAML disagree on which plain words are text.
-        text = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
-        self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=text)
+        flags = ("--server-side", "--force-conflicts")
+        self.kubectl("apply", *flags, "-f", "-", stdin=_listed(objects))
+
+    def missing(self, *objects: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Those that are not there."""
+        done = self.kubectl("get", "--ignore-not-found", *_FROM_STDIN, stdin=_listed(objects))
+        found = json.loads(done.stdout or '{"items": []}')
+        there = {_name(one) for one in found.get("items", [found])}
+        return [one for one in objects if _name(one) not in there]
+
+    def delete(self, *objects: Mapping[str, Any], wait: bool = True) -> None:
+        """Delete objects, those that are there."""
+        if objects:
+            flags = ("--ignore-not-found", f"--wait={str(wait).lower()}", "--timeout=60s")
+            self.kubectl("delete", *flags, "-f", "-", stdin=_listed(objects))
 
     def api_client(self, kubeconfig: Path | None = None) -> "ApiClient":
         """The official client, as the administrator by default; use it as a context manager."""
@@ -97,6 +109,20 @@ class Cluster:
 
     def ensure_nodes(self) -> None:
         """Have at least one node, and pods on it that seem to run."""
+
+
+_FROM_STDIN = ("-o", "json", "-f", "-")
+
+
+def _listed(objects: Sequence[Mapping[str, Any]]) -> str:
+    # JSON: kubectl and PyYAML disagree on which plain words are text.
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+
+
+def _name(one: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Among all; of objects that kubectl puts into no namespace by itself."""
+    meta = one["metadata"]
+    return one["kind"], meta.get("namespace", ""), meta["name"]
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from control_plane import binaries
 from control_plane.cluster import (
@@ -91,10 +92,13 @@ def private_control_plane(programs: None) -> Iterator[ControlPlane]:  # noqa: AR
 
 
 @pytest.fixture(scope="session")
-def crds(cluster: Cluster) -> Cluster:
-    """The cluster with Pointsman's kinds."""
+def crds(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster with Pointsman's kinds; somebody else's loses them again if it had none."""
+    definitions = [yaml.safe_load(one.read_text()) for one in sorted(CRDS.glob("*.yaml"))]
+    ours = [] if isinstance(cluster, ControlPlane) else cluster.missing(*definitions)
     install_crds(cluster)
-    return cluster
+    yield cluster
+    cluster.delete(*ours)
 
 
 def install_crds(cluster: Cluster) -> None:

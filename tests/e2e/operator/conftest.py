@@ -147,6 +147,11 @@ class Plant:
         return f"unix://{self.folder}/policy.sock"
 
     @property
+    def models(self) -> Path:
+        """The policy server's folder of models."""
+        return self.folder / "models"
+
+    @property
     def url(self) -> str:
         assert self.envoy is not None
         return self.envoy.url
@@ -183,11 +188,12 @@ class Plant:
         self.ports |= {"control": free_port(), "http": free_port()}
         snapshots = self.folder / "snapshots"
         snapshots.mkdir()
+        self.models.mkdir()
         self.server = await self.processes.start(
             "policy server",
             [
                 *(*POINTSMAN, "policy-server", "--snapshots", str(snapshots)),
-                *("--grpc-address", self.grpc_address),
+                *("--models", str(self.models), "--grpc-address", self.grpc_address),
                 *("--http-address", f"127.0.0.1:{self.ports['http']}"),
                 *("--control-address", f"{self.host}:{self.ports['control']}"),
                 *("--tls-cert", str(pair.certificate), "--tls-key", str(pair.key)),
@@ -196,12 +202,8 @@ class Plant:
             log_path=self.folder / "policy-server.log",
         )
         await wait_for_http(self.session, self.server, f"{self.http_url}/healthz")
-        await self.api.apply(
-            service(SERVICE, self.operator_namespace, port=9003),
-            endpoint_slice(
-                SERVICE, self.operator_namespace, {f"{self.host}:{self.ports['control']}": True}
-            ),
-        )
+        address = f"{self.host}:{self.ports['control']}"
+        await self.api.apply(*service_of(self.operator_namespace, address))
 
     async def start_operator(self, *flags: str) -> None:
         """Under its own service account, with what the shipped RBAC allows."""
@@ -268,6 +270,12 @@ def endpoint_slice(
     }
 
 
+def service_of(namespace: str, address: str) -> tuple[Json, Json]:
+    """The Service of the policy servers."""
+    endpoints = endpoint_slice(SERVICE, namespace, {address: True})
+    return service(SERVICE, namespace, port=9003), endpoints
+
+
 def is_bad(line: Json) -> bool:
     """Whether a line of the operator's log tells of a bug or of a lacking permission."""
     if re.search(r"\b403\b|forbidden", json.dumps(line), re.IGNORECASE):
@@ -307,7 +315,12 @@ async def plant(
         processes = await stack.enter_async_context(children())
         found = Plant(api, folder, session, processes, host, Authority(folder))
         found.operator_namespace, found.service_account = namespace, account["name"]
-        await api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+        whole = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
+        # Of a cluster where somebody has installed Pointsman nothing of theirs may go.
+        ours = await asyncio.to_thread(
+            controllers.missing, *service_of(namespace, f"{host}:1"), *rbac, whole
+        )
+        await api.apply(whole)
         await api.kubectl("apply", "--server-side", "-f", str(RBAC))
         found.operator_kubeconfig = await asyncio.to_thread(
             controllers.kubeconfig_of, account["name"], namespace=namespace
@@ -323,8 +336,7 @@ async def plant(
         )
         yield found
         problems = found.problems()
-        await api.kubectl("delete", "--wait=false", "--ignore-not-found", "-f", str(RBAC))
-        await api.kubectl("delete", "--wait=false", "namespace", namespace, "--ignore-not-found")
+        await asyncio.to_thread(controllers.delete, *ours, wait=False)
         assert problems == [], "the operator's log of the whole session"
 
 
@@ -667,13 +679,16 @@ class Place:
 
     async def decide(self) -> str:
         """The endpoint that a request would get now; empty if none."""
-        stub = self.plant.policy_api
-        assert stub is not None
         try:
-            answer = await stub.Decide(pb.DecideRequest(model=self.model, prompt="Hello"))
+            return str((await self.decision()).endpoint)
         except grpc.aio.AioRpcError as error:
             return error.code().name
-        return str(answer.endpoint)
+
+    async def decision(self) -> pb.Decision:
+        """What would be decided of a request now."""
+        stub = self.plant.policy_api
+        assert stub is not None
+        return await stub.Decide(pb.DecideRequest(model=self.model, prompt="Hello"))
 
     @contextlib.asynccontextmanager
     async def load(self, *, clients: int = 4) -> AsyncIterator[list[int | str]]:

@@ -151,6 +151,23 @@ async def test_pods_of_a_service_by_the_endpointslice_controller(place, node):
     await place.until_expert("ant", Ready="True", endpoints=(1, 2))
 
 
+async def test_a_service_of_both_families_counts_each_pod_once(place):
+    (ant,) = await place.engines("ant")
+    service = place.service("ants", port=8000, ipFamilyPolicy="RequireDualStack")
+    four = place.slice("ants", {ant.address: True})
+    six = place.slice("ants", {"fd00::1:8000": True}, suffix="6") | {"addressType": "IPv6"}
+    await place.apply(
+        place.expert("ant", backend={"service": {"name": "ants", "port": 8000}}),
+        place.policy(),
+        *(service, four, six),
+    )
+    families = (await place.get("services", "ants"))["spec"]["ipFamilies"]
+    assert families == ["IPv4", "IPv6"]
+    await place.until_expert("ant", Ready="True/EndpointsReady", endpoints=(1, 1))
+    await place.until_endpoint(ant.address)
+    assert await place.decide() == ant.address
+
+
 async def test_inference_pool_once_its_crd_is_there(place):
     hosts = [f"127.{random.randint(1, 250)}.{random.randint(0, 250)}.4"]
     ant = await place.engine("ant", host=hosts[0])

@@ -1,8 +1,12 @@
 """What only the operator can see: missing references and conflicts."""
 
+import hashlib
 import json
+from importlib import resources
 
 import pytest
+
+from pointsman_core.deciders.han_drl import SHIPPED
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -50,6 +54,40 @@ async def test_a_lost_service_takes_its_endpoints_along(place):
     await place.until_expert("ant", Ready="False/ServiceNotFound", endpoints=(0, 0))
     await place.until_policy(Ready="True/Degraded", ResolvedRefs="False/ExpertNotResolved")
     await place.until_answered_by("bee")
+
+
+async def test_a_model_with_another_checksum(place):
+    """The fallback decides, or the model before; the status says what the file has."""
+    content = (resources.files("pointsman_core") / "models" / SHIPPED).read_bytes()
+    (place.plant.models / "han.onnx").write_bytes(content)
+    right, wrong = hashlib.sha256(content).hexdigest(), "0" * 64
+    (ant,) = await place.engines("ant")
+    learned = {"algorithm": "HanDrl", "fallback": "RoundRobin"}
+
+    def policy(sha256):
+        return place.policy(**learned, model={"file": "han.onnx", "sha256": sha256})
+
+    async def refused():
+        found = await place.until_policy(
+            ModelLoaded="False/LoadFailed", Ready="True/Degraded", Programmed="True"
+        )
+        text = f"han.onnx has the SHA-256 {right}, not {wrong}"
+        assert message(found, "ModelLoaded").endswith(text)
+        assert message(found, "Ready").endswith(text)
+        assert "Degraded" in await place.kubectl("get", "routingpolicies")
+        shown = await place.kubectl("describe", "routingpolicy", "auto")
+        assert text in " ".join(shown.split())
+        assert await place.answer() == "ant"
+
+    await place.apply(place.expert("ant", addresses=[ant.address]), policy(wrong))
+    await refused()
+    assert (await place.decision()).algorithm == "RoundRobin"
+    await place.apply(policy(right))
+    await place.until_policy(ModelLoaded="True/Loaded", Ready="True/Serving")
+    assert (await place.decision()).algorithm == "HanDrl"
+    await place.apply(policy(wrong))
+    await refused()
+    assert (await place.decision()).algorithm == "HanDrl"
 
 
 async def test_two_policies_with_one_model_name(place):

@@ -13,6 +13,7 @@ import yaml
 
 from control_plane.binaries import GO_FOLDER, pinned_version
 from control_plane.cluster import ControlPlane
+from control_plane.fixtures import CRDS
 
 pytestmark = pytest.mark.integration
 
@@ -151,3 +152,48 @@ def alive(pid: str) -> bool:
         return False
     # A machine whose process 1 reaps nobody keeps the dead as zombies.
     return state != "Z"
+
+
+SHARED = """
+def test_what_the_run_finds(crds):
+    found = crds.kubectl("get", "crd", "-o", "name").stdout.split()
+    assert len(found) == 2
+"""
+
+
+@pytest.mark.parametrize("before", [(), ("pointsman.dev_llmexperts.yaml",)], ids=["bare", "used"])
+def test_a_cluster_of_somebody_else_keeps_what_it_had_and_nothing_more(
+    private_control_plane, tmp_path, before
+):
+    """As with POINTSMAN_KUBECONFIG."""
+    plane = private_control_plane
+    for name in before:
+        plane.kubectl("apply", "--server-side", "-f", str(CRDS / name))
+    there = plane.kubectl("get", "crd", "-o", "name").stdout
+    (tmp_path / "test_shared.py").write_text(SHARED)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "control_plane.fixtures", str(tmp_path)],
+        env={
+            **os.environ,
+            "POINTSMAN_KUBECONFIG": str(plane.kubeconfig),
+            "PYTHONPATH": str(CLUSTER_FOLDER),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert plane.kubectl("get", "crd", "-o", "name").stdout == there
+
+
+def test_only_what_is_missing_is_named(cluster, namespace):
+    objects = [
+        CONFIG_MAP | {"metadata": {"name": name, "namespace": namespace}} for name in ("x", "y")
+    ]
+    assert cluster.missing(*objects) == objects
+    cluster.apply(objects[0])
+    assert cluster.missing(*objects) == [objects[1]]
+    cluster.apply(objects[1])
+    assert cluster.missing(*objects) == []
+    cluster.delete(*objects)
+    assert cluster.missing(*objects) == objects

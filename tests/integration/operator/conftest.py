@@ -52,6 +52,15 @@ COLLECTIONS = (
     "/api/v1/pods",
     "/api/v1/configmaps",
 )
+UNAUTHORIZED = {
+    "kind": "Status",
+    "apiVersion": "v1",
+    "metadata": {},
+    "status": "Failure",
+    "message": "Unauthorized",
+    "reason": "Unauthorized",
+    "code": 401,
+}
 EXPIRED = {
     "kind": "Status",
     "apiVersion": "v1",
@@ -118,6 +127,8 @@ class ApiProxy:
         """By verb (get, list, watch, create, patch, delete) and plural."""
         self.refusing = False
         """Every connection is broken off."""
+        self.unauthorized = False
+        """Everything is answered by HTTP 401, as when a token has expired."""
         self.gone: Counter[str] = Counter()
         """How many watches of a plural are answered by HTTP 410."""
         self.lost: Counter[str] = Counter()
@@ -205,6 +216,8 @@ class ApiProxy:
             return web.json_response(EXPIRED, status=410)
         if self.refusing or request.transport is None or request.transport.is_closing():
             return _abort(request)
+        if self.unauthorized:
+            return web.json_response(UNAUTHORIZED, status=401)
         drop = {"host", "accept-encoding", "connection", "content-length", "transfer-encoding"}
         headers = {k: v for k, v in request.headers.items() if k.lower() not in drop}
         body = await request.read()

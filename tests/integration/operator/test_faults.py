@@ -174,6 +174,29 @@ async def test_what_the_operator_knows_is_too_old(scene):
     assert await healthy(operator)
 
 
+async def test_the_token_has_expired(scene):
+    """What is wrong is told in words, without traceback; with a good one all goes on."""
+    operator = await scene.start_operator(proxied=True)
+    await scene.converged(scene.before)
+    async with scene.server.history() as versions:
+        scene.proxy.unauthorized = True
+        scene.proxy.end(*WATCHED)
+
+        async def told_twice():
+            words = "the API server does not accept the operator's credentials"
+            return operator.log.count(words) > 1
+
+        await scene.eventually(told_twice)
+        await scene.change_the_scene()
+    assert len(versions) == 1
+    scene.proxy.unauthorized = False
+    await scene.converged(scene.after)
+    assert await healthy(operator)
+    assert operator.errors() == []
+    for word in ("Traceback", "API client library"):
+        assert word not in operator.log
+
+
 # --- watches ---------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -30,7 +31,13 @@ from pointsman_core.resources import (
     RoutingPolicy,
     RoutingPolicySpec,
 )
-from pointsman_core.snapshot import Snapshot, compile_snapshot
+from pointsman_core.snapshot import (
+    NO_VERSION,
+    Snapshot,
+    compile_snapshot,
+    read_snapshot,
+    snapshot_json,
+)
 from pointsman_policy.child import ending_with_parent
 from pointsman_policy.control import SnapshotIntake, SnapshotServicer, control_server
 from pointsman_policy.envoy import EnvoySettings, running_envoy
@@ -72,6 +79,17 @@ def snapshot(
     return compile_snapshot(policy, experts, where)
 
 
+def by_an_older_release(snapshot: Snapshot) -> Snapshot:
+    """As if fields had come later: content and version lack them."""
+    content = json.loads(snapshot.model_dump_json()) | {"version": NO_VERSION}
+    del content["model"]
+    for candidate in content["candidates"]:
+        del candidate["aliases"]
+    text = json.dumps(content, separators=(",", ":"))
+    version = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return read_snapshot(text.replace(NO_VERSION, version))
+
+
 def request(
     *snapshots: Snapshot, publisher: str = "op", sequence: int = 1, allow_empty: bool = False
 ) -> pb.PublishRequest:
@@ -85,7 +103,7 @@ def request(
                 policy=one.policy,
                 generation=one.generation,
                 version=one.version,
-                snapshot_json=one.model_dump_json().encode(),
+                snapshot_json=snapshot_json(one).encode(),
             )
             for one in snapshots
         ],
@@ -561,3 +579,18 @@ def test_the_command_refuses_what_cannot_be_served(flags: list[str], message: st
     assert done.returncode == 1
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1, "a message, no traceback"
+
+
+async def test_what_an_older_release_compiled_is_served_from_file_and_when_published(folder: Path):
+    """After an update the ConfigMap is the older one's; the operator passes it on as it is."""
+    today = snapshot(NOWHERE)
+    old = by_an_older_release(today)
+    assert old.version != today.version
+    list(write_snapshot_files(folder / "snapshots", [old]))
+    async with policy_server(folder) as server:
+        await server.until_ready()
+        status = await server.status()
+        assert versions(status) == [old.version]
+        assert [one.address for one in status.endpoints] == [NOWHERE]
+        assert versions(await server.publish(old)) == [old.version]
+        assert versions(await server.publish(today, sequence=2)) == [today.version]

@@ -111,7 +111,7 @@ def test_backend_names_what_is_given_as_yaml_spells_it():
 
 
 @pytest.mark.parametrize(
-    "address", ["0.0.0.0:1", "255.255.255.255:65535", "[::1]:80", "[fe80::1:2]:8000"]
+    "address", ["0.0.0.1:1", "255.255.255.255:65535", "[::1]:80", "[fe80::1:2]:8000"]
 )
 def test_addresses_accepted(address):
     assert Backend(addresses=[address]).addresses == [address]
@@ -133,6 +133,9 @@ def test_addresses_accepted(address):
         "[]:80",
         "[::::]:80",
         "[::ffff:1.2.3.4]:80",
+        "0.0.0.0:80",
+        "[::]:80",
+        "[0:0::0.0.0.0]:80",
     ],
 )
 def test_addresses_refused(address):

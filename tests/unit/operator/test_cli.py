@@ -3,6 +3,7 @@
 import json
 import logging
 
+import kopf
 import pytest
 import structlog
 import typer
@@ -124,3 +125,14 @@ def test_a_watch_of_what_is_gone_is_no_error(capsys, logger, status, level):
     line = json.loads(capsys.readouterr().err)
     assert (line["event"], line["level"]) == ("Watcher has failed", level)
     assert ("exception" in line) is (level == "error")
+
+
+@pytest.mark.parametrize("logger", ["kopf._core.reactor.observation", "asyncio"])
+def test_refused_credentials_are_not_told_by_every_task_of_kopf(capsys, logger):
+    configure_logs(level="info", style="json")
+    logging.getLogger(logger).error("failed", exc_info=kopf.LoginError("Ran out."))
+    logging.getLogger("kopf.api").error("TCP closed; will re-authenticate: GET /api")
+    logging.getLogger("kopf.api").error("will retry: GET -> ConnectionError('Connector is closed')")
+    logging.getLogger("kopf.api").error("will retry: GET -> ConnectionError('refused')")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "refused" in line

@@ -373,6 +373,15 @@ def test_a_kind_that_is_gone_begins_anew_without_the_look_of_a_bug(status):
     assert (told["log_level"], told["reason"]) == ("warning", "not found")
 
 
+def test_refused_credentials_are_told_in_one_line():
+    """Kopf advises to install a client library."""
+    runs = Runs((1, kopf.LoginError("Ran out of valid credentials.")), (1, None))
+    with capture_logs() as logs:
+        runs.supervise()
+    (told,) = logs
+    assert told == {"event": supervise.LOCKED_OUT, "log_level": "warning"}
+
+
 def test_another_failure_of_a_watch_is_told_of_as_an_error():
     runs = Runs((1, refused(400)), (1, None))
     with capture_logs() as logs:

@@ -417,13 +417,13 @@ class Authority:
         constraints = x509.BasicConstraints(ca=True, path_length=0)
         self.certificate = self._sign(self._name, self._key.public_key(), constraints, [])
 
-    def issue(self, name):
-        """PEM of a certificate and its key."""
+    def issue(self, name, *, days=(-1, 1)):
+        """PEM of a certificate and its key; from when till when it is valid, in days from now."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         names = [x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         constraints = x509.BasicConstraints(ca=False, path_length=None)
-        pem = self._sign(subject, key.public_key(), constraints, names)
+        pem = self._sign(subject, key.public_key(), constraints, names, days=days)
         plain = serialization.NoEncryption()
         pkcs8 = serialization.PrivateFormat.PKCS8
         return pem, key.private_bytes(serialization.Encoding.PEM, pkcs8, plain)
@@ -438,7 +438,7 @@ class Authority:
         paths = {file: self._folder / file for file in contents}
         return TlsFiles(**paths, server_name="policy.pointsman.svc")
 
-    def _sign(self, subject, public_key, constraints, names):
+    def _sign(self, subject, public_key, constraints, names, *, days=(-1, 1)):
         now = datetime.datetime.now(datetime.UTC)
         builder = (
             x509.CertificateBuilder()
@@ -446,8 +446,8 @@ class Authority:
             .issuer_name(self._name)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_before(now + datetime.timedelta(days=days[0]))
+            .not_valid_after(now + datetime.timedelta(days=days[1]))
             .add_extension(constraints, critical=True)
         )
         if names:
@@ -456,8 +456,8 @@ class Authority:
         return signed.public_bytes(serialization.Encoding.PEM)
 
 
-def server_credentials(authority):
-    cert, key = authority.issue("policy.pointsman.svc")
+def server_credentials(authority, **validity):
+    cert, key = authority.issue("policy.pointsman.svc", **validity)
     return grpc.ssl_server_credentials(
         [(key, cert)], authority.certificate, require_client_auth=True
     )
@@ -514,7 +514,8 @@ async def test_what_is_wrong_with_tls_is_told(tmp_path):
         "its certificate is for another name: see --tls-server-name": replace(
             good, server_name="other.pointsman.svc"
         ),
-        "it closes the connection: with TLS, it may not trust --tls-cert": other,
+        "it closes the connection: with TLS, it may not trust --tls-cert, "
+        "or find it expired": other,
         "--tls-cert, --tls-key and --tls-ca cannot be used together": replace(good, key=other.key),
     }
     async with serving(FakePolicyServer(), credentials=server_credentials(authority)) as server:
@@ -522,6 +523,19 @@ async def test_what_is_wrong_with_tls_is_told(tmp_path):
             assert await told(server, files) == text
     async with serving(FakePolicyServer()) as server:
         assert await told(server, good) == "it does not speak TLS"
+
+
+@pytest.mark.parametrize(
+    ("days", "text"),
+    [((-2, -1), "has expired"), ((1, 2), "is not valid yet")],
+)
+async def test_a_certificate_of_another_time_is_told(tmp_path, days, text):
+    """Which no other --tls-ca would mend."""
+    authority = Authority(tmp_path / "ca")
+    credentials = server_credentials(authority, days=days)
+    async with serving(FakePolicyServer(), credentials=credentials) as server:
+        found = await told(server, authority.write("operator"))
+    assert found == f"its certificate, or its authority's, {text}"
 
 
 async def told(server, files):

@@ -936,6 +936,21 @@ def test_events_tell_transitions_only(api):
     assert third.statuses[0].events == ()
 
 
+def test_endpoints_that_flap_are_told_of_once(api):
+    """Not again as answering and serving the model at each return: it was so before, too."""
+    flapping = "10.0.0.1:8000"
+    world = [api.service(), api.expert(service={"name": "engine", "port": 80})]
+    there = api.observe(*world, api.slice("engine", "10.0.0.1"), probes={flapping: GOOD})
+    away = api.observe(*world, api.slice("engine", "10.0.0.1", ready=False))
+    now = api.reconcile(there)
+    for seen, expected in [(away, "NoReadyEndpoints"), (there, "EndpointsReady")] * 2:
+        now = api.reconcile(seen, now.next)
+        assert [reason for _, reason, _ in told(now, "coder")] == [expected]
+    silent = api.observe(*world, api.slice("engine", "10.0.0.1"), probes={flapping: SILENT})
+    now = api.reconcile(silent, api.reconcile(away, now.next).next)
+    assert "NoneAnswers" in [reason for _, reason, _ in told(now, "coder")]
+
+
 def told(outcome, name):
     (write,) = [one for one in outcome.statuses if one.ref.key.name == name]
     return [(event.warning, event.reason, event.message) for event in write.events]
@@ -1089,6 +1104,16 @@ def test_a_config_map_that_is_refused_is_named(api):
     assert text.endswith("exceeded quota")
     (write,) = (one for one in outcome.statuses if one.ref.key == AUTO)
     assert (True, "SnapshotNotStored") in [(one.warning, one.reason) for one in write.events]
+
+
+def test_a_config_map_that_is_refused_is_named_also_while_nothing_is_routed(api):
+    world = api.policy(), api.expert()
+    unreached = {"s": ServerState(error="cannot be reached")}
+    outcome = api.reconcile(api.observe(*world, servers=unreached, unstored={AUTO: "a quota"}))
+    assert api.conditions(outcome, "auto")["Ready"] == ("False", "ServerUnreachable")
+    text = api.message(outcome, "auto", "Ready")
+    assert "cannot be reached; the snapshot is not in ConfigMap pointsman-snapshot-auto" in text
+    assert text.endswith("; a quota")
 
 
 def test_a_condition_of_somebody_else_is_no_change(api):

@@ -174,11 +174,23 @@ class Rig:
         found = self.status(name, kind).get("conditions", [])
         return {c["type"]: c["reason"] for c in found}.get(condition)
 
+    def message(self, name, condition, kind=Kind.POLICY):
+        found = self.status(name, kind).get("conditions", [])
+        return {c["type"]: c["message"] for c in found}.get(condition, "")
+
+    def written(self, name):
+        """Writes of an object's status, in their order."""
+        return [one for what, one in self.cluster.log if what == "status" and named(one, name)]
+
     async def get(self, path):
         async with aiohttp.ClientSession() as session:
             url = f"http://127.0.0.1:{self.operator.http_port}{path}"
             async with session.get(url) as response:
                 return response.status, await response.text()
+
+
+def named(write, name):
+    return isinstance(write, StatusWrite) and write.ref.key.name == name
 
 
 @pytest.fixture
@@ -845,7 +857,22 @@ async def test_a_config_map_that_is_refused_is_written_when_it_may(api, rig, mon
         assert "pointsman-snapshot-auto" not in rig.cluster.objects[Kind.CONFIG_MAP]
         rig.cluster.write_snapshot = real
         await rig.until(lambda: "pointsman-snapshot-auto" in rig.cluster.objects[Kind.CONFIG_MAP])
-        await rig.until(lambda: not rig.operator._unstored)
+        await rig.until(lambda: not rig.memory.unstored)
+
+
+async def test_a_refused_config_map_is_not_forgotten_when_the_watches_start_again(
+    api, rig, monkeypatch
+):
+    monkeypatch.setattr(runtime, "FIRST_RETRY_S", 0.01)
+    rig.cluster.write_snapshot = raising(ClusterError("quota", status=403), rig.cluster)
+    rig.cluster.put(api.policy(), api.expert(addresses=["127.0.0.1:1"]))
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: "quota" in rig.message("auto", "Ready"))
+    rig.cluster.log.clear()
+    async with rig.running(resync_interval_s=3600.0):
+        await rig.until(lambda: tried(rig))
+    told = [write.status["conditions"][0]["message"] for write in rig.written("auto")]
+    assert all("quota" in one for one in told), told
 
 
 def tried(rig):

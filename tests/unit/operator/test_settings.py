@@ -24,8 +24,13 @@ WRONG = {
     "service path": ({"policy_servers": "a/b/c:9003"}, "is not namespace/name:port"),
     "half of TLS": ({"tls_cert": "c"}, "go together"),
     "plaintext": (
-        {"policy_server_addresses": ("10.0.0.1:9003",)},
-        "plaintext is only for loopback",
+        {"policy_server_addresses": ("127.0.0.1:9003", "10.0.0.1:9003")},
+        "--policy-server-address: plaintext is only for loopback, not for 10.0.0.1:9003: "
+        "give --tls-cert, --tls-key and --tls-ca",
+    ),
+    "plaintext to a Service": (
+        {"policy_servers": "pointsman/policy:9003"},
+        "--policy-servers: plaintext is only for loopback: give --tls-cert, --tls-key and --tls-ca",
     ),
     "host name": ({"policy_server_addresses": ("localhost:9003",)}, "plaintext is only for"),
     "namespace": ({"namespaces": ("Team_A",)}, "is not the name of a namespace"),
