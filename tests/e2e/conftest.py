@@ -27,7 +27,12 @@ from pointsman_policy.envoy import EnvoySettings
 from pointsman_policy.envoy.process import RunningEnvoy, running_envoy
 
 POINTSMAN = (sys.executable, "-m", "pointsman_cli.main")
-PATIENCE_S = 20.0
+PATIENCE_S = 90.0
+UNHURRIED = {"message_timeout_ms": 60_000, "policy_check_timeout_ms": 60_000}
+"""Settings of an Envoy that waits for the policy server however busy the machine is.
+
+With its own settings it soon goes on without one that is slow, which is to be tested by itself.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -288,7 +293,7 @@ async def bare_site(tmp_path: Path) -> AsyncIterator[Site]:
     """A site with nothing started yet."""
     async with (
         aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=60), connector=aiohttp.TCPConnector(limit=0)
+            timeout=aiohttp.ClientTimeout(total=PATIENCE_S), connector=aiohttp.TCPConnector(limit=0)
         ) as session,
         children() as processes,
     ):
@@ -297,14 +302,23 @@ async def bare_site(tmp_path: Path) -> AsyncIterator[Site]:
 
 @contextlib.asynccontextmanager
 async def front(
-    site: Site, *, answers: bool = True, flags: Sequence[str] = (), **settings: Any
+    site: Site,
+    *,
+    answers: bool = True,
+    hurried: bool = False,
+    flags: Sequence[str] = (),
+    **settings: Any,
 ) -> AsyncIterator[Site]:
-    """Put policy server and Envoy in front of the site's engines, which may answer nothing."""
+    """Put policy server and Envoy in front of the site's engines, which may answer nothing.
+
+    A ``hurried`` Envoy goes on without a slow policy server as soon as users' do.
+    """
     site.write_manifests()
     await site.start_server(*flags)
     ports = {"listen_port": 0, "admin_port": 0, "policy_server_address": site.grpc_address}
+    settings = ({} if hurried else UNHURRIED) | ports | settings
     log = site.folder / "envoy.log"
-    async with running_envoy(EnvoySettings(**ports, **settings), log_path=log) as envoy:
+    async with running_envoy(EnvoySettings(**settings), log_path=log) as envoy:
         site.envoy = envoy
         await (site.until_routed() if answers else site.until_connected())
         yield site

@@ -7,12 +7,16 @@ import time
 import aiohttp
 import pytest
 
+AT_ONCE = 20
+"""Requests under way: were they begun at a pace, a busy machine would fall ever further behind."""
+
 
 async def load(site, *, count, stop=None, stream=False, max_tokens=8, pause=0.01, begun=None):
     """Requests in the background, ``count`` of them or until ``stop``; their statuses.
 
     ``begun``, a semaphore, is released for each answer that begins.
     """
+    places = asyncio.Semaphore(AT_ONCE)
 
     async def one():
         try:
@@ -33,9 +37,12 @@ async def load(site, *, count, stop=None, stream=False, max_tokens=8, pause=0.01
                 return response.status
         except aiohttp.ClientError as error:
             return type(error).__name__
+        finally:
+            places.release()
 
     tasks = []
     while len(tasks) < count and not (stop and stop.is_set()):
+        await places.acquire()
         tasks.append(asyncio.create_task(one()))
         await asyncio.sleep(pause)
     return await asyncio.gather(*tasks)
@@ -61,13 +68,16 @@ async def test_policy_server_killed_under_load_fails_open_and_comes_back(site):
     await site.until_empty()
 
 
-async def test_policy_server_frozen_under_load_fails_open(site):
-    site.server.process.send_signal(signal.SIGSTOP)
-    statuses = await load(site, count=20)
-    site.server.process.send_signal(signal.SIGCONT)
-    assert set(statuses) == {200}
-    await site.until_routed_again()
-    await site.until_empty()
+async def test_policy_server_frozen_under_load_fails_open(bare_site, in_front):
+    await asyncio.gather(*(bare_site.start_engine(name) for name in ("ant", "bee", "cow")))
+    bare_site.declare_policy()
+    async with in_front(bare_site, hurried=True) as site:
+        site.server.process.send_signal(signal.SIGSTOP)
+        statuses = await load(site, count=20)
+        site.server.process.send_signal(signal.SIGCONT)
+        assert set(statuses) == {200}
+        await site.until_routed_again()
+        await site.until_empty()
 
 
 async def test_a_killed_engine_costs_no_request_and_leaves_the_table(

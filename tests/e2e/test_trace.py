@@ -16,6 +16,9 @@ REQUESTS = 1000
 RATE = 50.0
 """Requests per second: ten times the trace's own pace, so that the test takes 20 s."""
 MAX_TOKENS = 40
+AT_ONCE = 100
+"""Requests under way, far more than there are unless the machine is too busy for the trace's pace:
+then it is slower, as an ever longer queue would only end in time-outs."""
 
 
 def conv_arrivals() -> tuple[Arrivals, str]:
@@ -38,6 +41,7 @@ async def test_a_thousand_requests_of_a_real_trace_lose_none(site, record_proper
     await site.until_answered_by(set(site.addresses), why="LatencyQualityGreedy", any_of=True)
     arrivals, source = conv_arrivals()
     record_property("arrivals", source)
+    places = asyncio.Semaphore(AT_ONCE)
     started = time.monotonic()
 
     async def one(i: int) -> tuple[int, int]:
@@ -51,7 +55,10 @@ async def test_a_thousand_requests_of_a_real_trace_lose_none(site, record_proper
             "ignore_eos": True,
             "stream": i % 2 == 0,
         }
-        async with site.session.post(f"{site.url}/v1/chat/completions", json=body) as response:
+        async with (
+            places,
+            site.session.post(f"{site.url}/v1/chat/completions", json=body) as response,
+        ):
             text = await response.text()
         if i % 2:
             return response.status, wanted - (await response.json())["usage"]["completion_tokens"]

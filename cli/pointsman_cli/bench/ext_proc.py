@@ -33,7 +33,7 @@ from pointsman_cli.bench.report import Timing, row
 from pointsman_core.resources import Algorithm
 from pointsman_policy.child import ending_with_parent
 
-START_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 120.0
 WARM_UP = 50
 """Requests before each measurement."""
 

@@ -14,7 +14,8 @@ import orjson
 from pointsman_cli.demo.errors import DemoError
 from pointsman_policy.child import ending_with_parent
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
+"""For one part to come up; one that ends instead is told at once. A small board takes its time."""
 STOP_TIMEOUT_S = 6.0
 """After SIGTERM; a simulated engine lets running requests finish for up to 5 s."""
 POLL_S = 0.05

@@ -26,6 +26,11 @@ from pointsman_core.resources import Algorithm, LLMExpert
 from pointsman_policy.envoy import EnvoySettings, EnvoyStartError, running_envoy
 
 POLL_S = 0.1
+PATIENCE_MS = 10_000
+"""Envoy's, with the policy server: an answer that nobody decided would compare no deciders.
+
+Where the machine is so slow, the answer is late, and counts as such.
+"""
 
 Move = tuple[str, str, str]
 """Expert, declared address, address of its simulation."""
@@ -70,7 +75,13 @@ async def running_stack(
         )
         envoy_log = log_folder / "envoy.log"
         envoy_log.unlink(missing_ok=True)
-        settings = EnvoySettings(listen_port=0, admin_port=0, policy_server_address=grpc_address)
+        settings = EnvoySettings(
+            listen_port=0,
+            admin_port=0,
+            policy_server_address=grpc_address,
+            message_timeout_ms=PATIENCE_MS,
+            policy_check_timeout_ms=PATIENCE_MS,
+        )
         try:
             envoy = await stack.enter_async_context(running_envoy(settings, log_path=envoy_log))
         except (EnvoyStartError, FileNotFoundError) as error:

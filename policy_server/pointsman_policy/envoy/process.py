@@ -54,7 +54,7 @@ async def running_envoy(
     log_path: Path | None = None,
     concurrency: int = 1,
     log_level: str = "warning",
-    ready_timeout_s: float = 20.0,
+    ready_timeout_s: float = 120.0,
     stop_timeout_s: float = 5.0,
 ) -> AsyncIterator[RunningEnvoy]:
     """Run Envoy until the end of the block.

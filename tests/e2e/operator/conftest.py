@@ -45,7 +45,7 @@ POINTSMAN = (sys.executable, "-m", "pointsman_cli.main")
 RBAC = Path(__file__).parents[3] / "operator" / "manifests" / "rbac.yaml"
 API_VERSION = "pointsman.dev/v1alpha1"
 SERVICE = "pointsman-policy"
-PATIENCE_S = 30.0
+PATIENCE_S = 90.0
 
 FAST = {
     # Far faster than any real board, so that tests do not wait for tokens.
@@ -309,7 +309,8 @@ async def plant(
         stack.callback(api.close)
         session = await stack.enter_async_context(
             aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=60), connector=aiohttp.TCPConnector(limit=0)
+                timeout=aiohttp.ClientTimeout(total=PATIENCE_S),
+                connector=aiohttp.TCPConnector(limit=0),
             )
         )
         processes = await stack.enter_async_context(children())
@@ -329,7 +330,12 @@ async def plant(
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(found.grpc_address))
         found.policy_api = PolicyServiceStub(channel)
         settings = EnvoySettings(
-            listen_port=0, admin_port=0, policy_server_address=found.grpc_address
+            listen_port=0,
+            admin_port=0,
+            policy_server_address=found.grpc_address,
+            # However busy the machine is, no request goes on without a decision.
+            message_timeout_ms=60_000,
+            policy_check_timeout_ms=60_000,
         )
         found.envoy = await stack.enter_async_context(
             running_envoy(settings, log_path=folder / "envoy.log")

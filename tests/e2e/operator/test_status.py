@@ -10,13 +10,13 @@ import pytest
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-async def two_experts(place):
+async def two_experts(place, **spec):
     """One expert that works and one whose Service is missing."""
     (ant,) = await place.engines("ant")
     await place.apply(
         place.expert("ant", addresses=[ant.address], quality=0.8),
         place.expert("bee", backend={"service": {"name": "bee", "port": 8000}}),
-        place.policy(),
+        place.policy(**spec),
     )
     await place.until_policy(Ready="True/Degraded")
     await place.until_expert("ant", Ready="True", Reachable="True", ModelServed="True")
@@ -122,7 +122,8 @@ async def test_times_move_with_the_status_only(place, eventually):
 
 
 async def test_averages(place, eventually):
-    await two_experts(place)
+    # However busy the machine is, every answer is in time.
+    await two_experts(place, qos={"latencyPerTokenMs": 600_000})
     answers = await asyncio.gather(*(place.ask(max_tokens=4) for _ in range(10)))
     assert {status for status, _, _ in answers} == {200}
 

@@ -19,6 +19,7 @@ from aiohttp import web
 from pointsman_policy.envoy import EnvoySettings, RunningEnvoy, running_envoy
 
 TOY_PATH = Path(__file__).with_name("toy_policy.py")
+PATIENCE_S = 60.0
 
 
 def _load_toy() -> ModuleType:
@@ -113,7 +114,7 @@ class Site:
         await self.stat("cluster.experts.membership_healthy", lambda value: value == count)
 
     async def stat(self, name: str, condition: Callable[[int], bool]) -> int:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not condition(value := (await self.envoy.stats()).get(name, 0)):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)  # Envoy's admin has nothing to await
         return value
@@ -123,7 +124,7 @@ class Site:
 
     async def access_log(self, count: int) -> list[dict[str, Any]]:
         """Wait until the log has `count` entries and return them."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while len(entries := self._entries()) < count:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         return entries
@@ -176,15 +177,24 @@ async def code() -> AsyncIterator[Engine]:
 
 @pytest.fixture
 async def client() -> AsyncIterator[aiohttp.ClientSession]:
-    timeout = aiohttp.ClientTimeout(total=20)
+    timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         yield session
 
 
 @pytest.fixture
 def settings(policy: Any) -> EnvoySettings:
-    """Settings of the `site`; a test module or a test overrides this fixture to change them."""
-    return EnvoySettings(listen_port=0, admin_port=0, policy_server_address=policy.address)
+    """Settings of the `site`; a test module or a test overrides this fixture to change them.
+
+    However busy the machine is, Envoy waits for decisions.
+    """
+    return EnvoySettings(
+        listen_port=0,
+        admin_port=0,
+        policy_server_address=policy.address,
+        message_timeout_ms=60_000,
+        policy_check_timeout_ms=60_000,
+    )
 
 
 @pytest.fixture

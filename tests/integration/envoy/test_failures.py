@@ -54,12 +54,17 @@ async def test_a_policy_server_killed_in_the_middle_of_a_decision_is_not_missed(
     assert_served_by_its_model(site, answer)
 
 
-async def test_a_decision_that_takes_too_long_is_not_awaited(site):
-    site.policy.go_on.clear()
-    status, _, answer = await site.chat()
-    assert status == 200
-    assert_served_by_its_model(site, answer)
-    assert (await site.envoy.stats())["http.clients.ext_proc.decide.message_timeouts"] == 1
+class TestSlowDecision:
+    @pytest.fixture
+    def settings(self, policy):
+        return EnvoySettings(listen_port=0, admin_port=0, policy_server_address=policy.address)
+
+    async def test_is_not_awaited(self, site):
+        site.policy.go_on.clear()
+        status, _, answer = await site.chat()
+        assert status == 200
+        assert_served_by_its_model(site, answer)
+        assert (await site.envoy.stats())["http.clients.ext_proc.decide.message_timeouts"] == 1
 
 
 async def test_decisions_resume_with_the_policy_server(site, toy):

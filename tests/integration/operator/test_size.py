@@ -91,7 +91,7 @@ async def test_a_large_site_comes_to_rest(large, record_property):
         async def one_more():
             return await listed() > count
 
-        await large.eventually(one_more, patience_s=3 * RESYNC_S)
+        await large.eventually(one_more, patience_s=PATIENCE_S)
 
     await next_list()
     asked, cpu_s, since = large.proxy.requests.copy(), operator.cpu_s(), time.monotonic()
