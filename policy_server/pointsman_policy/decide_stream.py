@@ -25,6 +25,7 @@ from pointsman_core.snapshot import Candidate
 from pointsman_policy.eds import LB_NAMESPACE, POLICY_KEY
 from pointsman_policy.openai_api import (
     COMPLETION_PATHS,
+    LONG_BODY_BYTES,
     MODELS_PATH,
     ApiError,
     CompletionRequest,
@@ -41,10 +42,6 @@ PICK_KEY = "x-gateway-destination-endpoint"
 DECISION_NAMESPACE = "pointsman"
 
 REQUEST_ID = "x-request-id"
-
-LONG_BODY_BYTES = 256 * 1024
-"""From here on Python's cycle collector waits until the body is done with: it would look time and
-again at what a document of a million empty lists holds, where there can be no cycles."""
 
 _GO_ON = ProcessingResponse(request_headers=HeadersResponse(response=CommonResponse()))
 """The answer to headers: nothing to change. One for all; nobody writes to it."""
@@ -124,6 +121,8 @@ class DecideStream:
         self._check_length(len(body))
         if len(body) < LONG_BODY_BYTES:
             return self._decide(body)
+        # It would look time and again at what a document of a million empty lists holds, where
+        # there can be no cycles.
         gc.disable()
         try:
             return self._decide(body)

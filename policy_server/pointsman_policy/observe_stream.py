@@ -1,14 +1,19 @@
 """What the ``observe`` filter tells of one HTTP request, fed into the tracker.
 
 The filter runs in observability mode: Envoy waits for nothing and ignores answers. A
-stream that ends before the answer's end of stream means that the client went away or the
-engine died.
+stream that Envoy closes before the answer's end of stream means that the client went away or
+the engine died. One that is lost means nothing: the answer may well go on unseen.
 """
 
 from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
 
 from pointsman_policy.decide_stream import REQUEST_ID, header_dict
 from pointsman_policy.service import RoutingService
+from pointsman_policy.tracker import End
+
+SILENT_BEFORE_CLOSE_S = 0.2
+"""Envoy lets more time than this pass between the end of a request and its closing a stream
+(`observe_close_delay_ms` of `pointsman_policy.envoy`)."""
 
 
 class ObserveStream:
@@ -17,10 +22,14 @@ class ObserveStream:
     def __init__(self, service: RoutingService) -> None:
         self._service = service
         self._request_id: str | None = None
+        self._heard_s = service.clock()
         self.done = False
+        self.was_speaking = False
+        """Whether it was cut right after a message: Envoy itself never ends one so."""
 
     def handle(self, message: ProcessingRequest) -> None:
         """Take in one message."""
+        self._heard_s = self._service.clock()
         kind = message.WhichOneof("request")
         if kind == "request_headers":
             self._on_request_headers(message)
@@ -31,9 +40,17 @@ class ObserveStream:
         elif kind == "response_body":
             self._on_response_body(message, self._request_id)
 
+    def cut(self) -> None:
+        """The stream ended before the request did; `close` or `lose` tells what that means."""
+        self.was_speaking = self._service.clock() - self._heard_s < SILENT_BEFORE_CLOSE_S
+
     def close(self) -> None:
-        """The stream ended, after the answer or before."""
-        self._end(complete=False)
+        """Envoy closed the stream, after the answer or before."""
+        self._end(End.EARLY)
+
+    def lose(self) -> None:
+        """The stream was lost, and with it what it would have told; nothing if it has ended."""
+        self._end(End.UNSEEN)
 
     def _on_request_headers(self, message: ProcessingRequest) -> None:
         request_id = header_dict(message.request_headers.headers).get(REQUEST_ID)
@@ -55,17 +72,17 @@ class ObserveStream:
         )
         self._service.answered(served_by, status=status)
         if message.response_headers.end_of_stream:
-            self._end(complete=True)
+            self._end(End.WHOLE)
 
     def _on_response_body(self, message: ProcessingRequest, request_id: str) -> None:
         body = message.response_body
         if body.body:
             self._service.tracker.received(request_id, body.body, now_s=self._service.clock())
         if body.end_of_stream:
-            self._end(complete=True)
+            self._end(End.WHOLE)
 
-    def _end(self, *, complete: bool) -> None:
+    def _end(self, end: End) -> None:
         self.done = True
         if self._request_id is not None:
             now = self._service.clock()
-            self._service.tracker.ended(self._request_id, complete=complete, now_s=now)
+            self._service.tracker.ended(self._request_id, end, now_s=now)

@@ -7,6 +7,7 @@ else in a request travels on untouched.
 
 import json
 import re
+from itertools import islice
 from typing import Any, TypeVar
 
 import orjson
@@ -15,11 +16,17 @@ from pointsman_core.records import record
 
 _T = TypeVar("_T")
 
-_MODEL_MEMBER = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
+_MODEL_MEMBER = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")', re.DOTALL)
 """A member ``model`` with a string value. Never inside a string: its quotes are escaped there."""
 
 _ESCAPED_LETTER = rb"\u006"
 """How each letter of a key ``model`` must begin that is written with escapes."""
+
+LONG_BODY_BYTES = 256 * 1024
+"""From here on nothing is done to a body that takes longer than reading it once more."""
+
+MAX_MODEL_MEMBERS = 1_000
+"""Members ``model`` of a long body, nested ones included: beyond any use."""
 
 MAX_MESSAGES = 10_000
 """Messages of one request, parts of them, or prompts: beyond any use, and quick to read."""
@@ -84,20 +91,63 @@ class CompletionRequest:
     max_output_tokens: int | None
     streams: bool
     body: bytes
+    model_at: tuple[int, int] | None = None
+    """First byte of the value of ``model``, and the one behind it; None where only a parser
+    tells."""
 
     def with_model(self, served_name: str) -> bytes:
         """The same request for another model; all else stays as it was, byte for byte.
 
         Only where the bytes alone do not tell which ``model`` is the request's own (nested
-        ones, repeats, escaped letters) the document is written anew, with every value kept.
+        ones, repeats, escaped letters) a short document is written anew, with every value kept.
         """
-        found = list(_MODEL_MEMBER.finditer(self.body))
-        if len(found) == 1 and _ESCAPED_LETTER not in self.body:
-            start, end = found[0].span(1)
-            return self.body[:start] + orjson.dumps(served_name) + self.body[end:]
-        # Not by orjson: it turns integers beyond 64 bits into floats.
-        document = json.loads(self.body) | {"model": served_name}
-        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+        if self.model_at is None:
+            # Not by orjson: it turns integers beyond 64 bits into floats.
+            document = json.loads(self.body) | {"model": served_name}
+            return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+        start, end = self.model_at
+        return self.body[:start] + orjson.dumps(served_name) + self.body[end:]
+
+
+def _find_model(body: bytes) -> tuple[int, int] | None:
+    """Where in a document the value of its own ``model`` is; None: not to be told by its bytes.
+
+    Raises:
+        ApiError: 400, it is not to be told and the document is too long to be written anew.
+
+    """
+    found = [m.span(1) for m in islice(_MODEL_MEMBER.finditer(body), MAX_MODEL_MEMBERS)]
+    if len(found) == 1 and _ESCAPED_LETTER not in body:
+        return found[0]
+    return _own_model(body, found) if len(body) >= LONG_BODY_BYTES else None
+
+
+def _own_model(body: bytes, found: list[tuple[int, int]]) -> tuple[int, int]:
+    """Which of the values of members ``model`` is that of the document itself.
+
+    Told by marking each and reading the document once more, where Python's own parser and
+    writer would hold up all other requests for a second and longer.
+
+    Raises:
+        ApiError: 400, it is none of them.
+
+    """
+    marked: list[bytes] = []
+    at = 0
+    for i, (start, end) in enumerate(found):
+        marked += [body[at:start], b"%d" % i]
+        at = end
+    document = orjson.loads(b"".join([*marked, body[at:]]))
+    model = document["model"]
+    if isinstance(model, int):  # a string is none that was marked
+        return found[model]
+    raise ApiError(
+        400,
+        "invalid_value",
+        f"In a body of {LONG_BODY_BYTES // 1024} KiB and more `model` must be written without"
+        f" escapes, and be the key of at most {MAX_MODEL_MEMBERS} members.",
+        param="model",
+    )
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
@@ -117,6 +167,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
         max_output_tokens=_max_output_tokens(document),
         streams=_stream(document),
         body=body,
+        model_at=_find_model(body),
     )
 
 

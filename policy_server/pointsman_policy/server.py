@@ -60,10 +60,10 @@ LIVENESS_SERVICE = "liveness"
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-_GRPC_OPTIONS = [
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_concurrent_streams", 65_536),
-]
+PING_AFTER_S = 30.0
+"""A connection that is silent for so long is asked whether somebody is there."""
+PING_TIMEOUT_S = 20.0
+"""And closed with all its streams without an answer within this time."""
 
 log = structlog.get_logger(__name__)
 
@@ -276,10 +276,7 @@ class PolicyServer:
 
     @contextlib.asynccontextmanager
     async def _grpc(self) -> AsyncIterator[None]:
-        # The longest body of a request or piece of an answer, and room for the rest of its message.
-        body = max(self._settings.body_limit_bytes, MAX_ANSWER_PIECE_BYTES)
-        longest = ("grpc.max_receive_message_length", body + 65_536)
-        server = grpc.aio.server(options=[*_GRPC_OPTIONS, longest])
+        server = grpc.aio.server(options=grpc_options(self._settings.body_limit_bytes))
         ext_proc = ExtProcServicer(self.service, body_limit_bytes=self._settings.body_limit_bytes)
         add_ExternalProcessorServicer_to_server(ext_proc, server)
         add_EndpointDiscoveryServiceServicer_to_server(self._eds, server)
@@ -309,6 +306,30 @@ class PolicyServer:
         async with control_server(servicer, address=address, tls=tls, metrics=metrics) as port:
             log.info("operators may publish", address=address, port=port, tls=tls is not None)
             yield
+
+
+def grpc_options(
+    body_limit_bytes: int,
+    *,
+    ping_after_s: float = PING_AFTER_S,
+    ping_timeout_s: float = PING_TIMEOUT_S,
+) -> list[tuple[str, int]]:
+    """Options of the gRPC server that Envoy talks to."""
+    # The longest body of a request or piece of an answer, and room for the rest of its message.
+    longest = max(body_limit_bytes, MAX_ANSWER_PIECE_BYTES) + 65_536
+    return [
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", 65_536),
+        ("grpc.max_receive_message_length", longest),
+        # A host that vanishes closes nothing: its streams would wait for ever.
+        ("grpc.keepalive_time_ms", round(ping_after_s * 1e3)),
+        ("grpc.keepalive_timeout_ms", round(ping_timeout_s * 1e3)),
+        # The one that is obeyed: grpcio 1.85 waits 60 s without it.
+        ("grpc.http2.ping_timeout_ms", round(ping_timeout_s * 1e3)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Also where an answer is silent for long, and so nothing is sent in between.
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
 
 
 def _compile(paths: Iterable[Path]) -> CompiledManifests:

@@ -7,7 +7,7 @@ either may speak first; the request's id joins them.
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 
 from pointsman_core.router import Decision
 from pointsman_core.state import SURPLUS_AFTER_S, Admitted, LiveState
@@ -19,6 +19,17 @@ REMEMBERED_ENDS = 4096
 """Ended requests that are remembered, so that a decision that comes late adds nothing."""
 
 
+class End(Enum):
+    """How a request's ``observe`` stream ended."""
+
+    WHOLE = auto()
+    """With the end of the answer."""
+    EARLY = auto()
+    """Closed before: the client went away, or the engine died."""
+    UNSEEN = auto()
+    """Lost: the connection to Envoy, or Envoy itself. The answer may go on."""
+
+
 class Outcome(StrEnum):
     """How a request ended."""
 
@@ -28,6 +39,8 @@ class Outcome(StrEnum):
     """The answer was an error status, or its stream carried an error."""
     ABORTED = "aborted"
     """The client went away, or the engine died in the middle."""
+    UNKNOWN = "unknown"
+    """It was lost sight of: counted in no average."""
 
 
 @dataclass(slots=True)
@@ -144,8 +157,11 @@ class RequestTracker:
             known.last_token_s = now_s
             self._state.add_tokens(request_id, new)
 
-    def ended(self, request_id: str, *, complete: bool, now_s: float) -> None:
-        """The request is over; a second call changes nothing."""
+    def ended(self, request_id: str, end: End, *, now_s: float) -> None:
+        """The request is over, or out of sight; a second call changes nothing.
+
+        Also in the latter case nothing stays in the table: engines' gauges tell of such load.
+        """
         known = self._tracked.pop(request_id, None)
         if known is None:
             return
@@ -154,7 +170,7 @@ class RequestTracker:
         if len(self._ended) > REMEMBERED_ENDS:
             self._ended.popitem(last=False)
         if known.decision is not None:
-            self._count(known, known.decision, complete=complete, now_s=now_s)
+            self._count(known, known.decision, end, now_s=now_s)
         elif known.served_by:
             self._metrics.undecided.inc()
 
@@ -189,11 +205,13 @@ class RequestTracker:
         self._metrics.expired.labels("not_at_engine").inc(dropped)
         return dropped
 
-    def _count(self, known: Tracked, decision: Decision, *, complete: bool, now_s: float) -> None:
+    def _count(self, known: Tracked, decision: Decision, end: End, *, now_s: float) -> None:
         policy = decision.snapshot.full_name
         labels = (policy, known.expert or "")
-        outcome = _outcome(known, complete=complete)
+        outcome = _outcome(known, end)
         self._metrics.completions.labels(*labels, outcome).inc()
+        if outcome is Outcome.UNKNOWN:
+            return
         if outcome is not Outcome.OK:
             self._statistics.failed(policy, now_s=now_s)
             self._metrics.count_qos(policy, 0.0)
@@ -216,8 +234,10 @@ class RequestTracker:
         self._metrics.count_qos(policy, quality if in_time else 0.0)
 
 
-def _outcome(known: Tracked, *, complete: bool) -> Outcome:
-    if not complete:
+def _outcome(known: Tracked, end: End) -> Outcome:
+    if end is End.UNSEEN:
+        return Outcome.UNKNOWN
+    if end is End.EARLY:
         return Outcome.ABORTED
     return Outcome.ERROR if known.status >= 400 or known.counter.failed else Outcome.OK
 

@@ -148,7 +148,7 @@ async def outcomes_of_ant(site):
     """How requests to the engine ``ant`` ended, except well."""
     completions = await site.metric("pointsman_completions_total")
     of = 'expert="ant",outcome="{}",policy="default/auto"'.format
-    counts = {outcome: completions.get(of(outcome), 0) for outcome in ("error", "aborted")}
+    counts = {o: completions.get(of(o), 0) for o in ("error", "aborted", "unknown")}
     return {outcome: count for outcome, count in counts.items() if count}
 
 
@@ -249,11 +249,12 @@ async def test_long_answers_are_followed_to_their_end_where_requests_must_be_sho
         assert tokens >= 80_000
 
 
-async def test_a_client_that_goes_away_leaves_no_entry(bare_site, in_front):
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_leaves_no_entry(bare_site, in_front, stream):
     await bare_site.start_engine("ant", profile={"iterationOverheadMs": 50.0})
     bare_site.declare_policy()
     async with in_front(bare_site) as site:
-        running = asyncio.create_task(load(site, count=3, stream=True, max_tokens=400))
+        running = asyncio.create_task(load(site, count=3, stream=stream, max_tokens=400))
         await site.until(lambda s: s["in_flight"] == 3, "three in flight")
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -261,8 +262,24 @@ async def test_a_client_that_goes_away_leaves_no_entry(bare_site, in_front):
         site.session = aiohttp.ClientSession()
         try:
             await site.until_empty()
+            assert await outcomes_of_ant(site) == {"aborted": 3}
         finally:
             await site.session.close()
+
+
+async def test_an_envoy_that_dies_leaves_no_entry_and_counts_in_no_average(bare_site, in_front):
+    """As where only its connection to the policy server breaks, and the answers go on."""
+    await bare_site.start_engine("ant", profile={"iterationOverheadMs": 50.0})
+    bare_site.declare_policy()
+    async with in_front(bare_site) as site:
+        before = await site.metric("pointsman_qos_requests_total")
+        running = asyncio.create_task(load(site, count=20, stream=True, max_tokens=400))
+        await site.until(lambda s: s["in_flight"] == 20, "all in flight")
+        site.envoy.process.kill()
+        await running
+        await site.until_empty()
+        assert await outcomes_of_ant(site) == {"unknown": 20}
+        assert await site.metric("pointsman_qos_requests_total") == before
 
 
 async def test_sigterm_lets_requests_under_way_finish(bare_site, in_front):

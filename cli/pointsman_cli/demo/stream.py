@@ -67,10 +67,14 @@ class AnswerMeter:
             self.error = str(error.get("message") if isinstance(error, dict) else error)
             return
         self.model = event.get("model") or self.model
-        if usage := event.get("usage"):
-            self.usage_tokens = usage.get("completion_tokens")
-        for choice in event.get("choices") or ():
-            self._choice(choice, now_s)
+        usage = event.get("usage")
+        told = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        if isinstance(told, int) and told >= 0:
+            self.usage_tokens = told
+        choices = event.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                self._choice(choice, now_s)
 
     def _choice(self, choice: dict[str, object], now_s: float) -> None:
         self.finish_reason = str(choice.get("finish_reason") or "") or self.finish_reason

@@ -68,9 +68,10 @@ class EnvoySettings(BaseModel):
     """Without the policy server: true sends requests to the least loaded endpoint, false answers
     503."""
 
-    observe_close_delay_ms: Milliseconds = 300
+    observe_close_delay_ms: Annotated[int, Field(ge=250, le=600_000)] = 300
     """After a request ended early (client gone, engine dead) its `observe` stream stays open this
-    long, so that what was sent last still arrives."""
+    long, so that what was sent last still arrives. The policy server takes a stream that ends
+    within 200 ms of its last message as one whose connection was lost."""
 
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     """Further attempts, each on another endpoint, when one fails before it answered."""

@@ -92,3 +92,22 @@ def test_incomplete_answers(meter, stream):
 def test_errors_inside_the_stream(meter, stream, error):
     meter.feed(stream, 1.0)
     assert meter.error == error
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"choices": ["x", None, 1]},
+        {"choices": "text"},
+        {"choices": {"0": {}}},
+        {"choices": [], "usage": [1]},
+        {"choices": [], "usage": "many"},
+        {"choices": [], "usage": {"completion_tokens": "7"}},
+        {"choices": [], "usage": {"completion_tokens": -1}},
+    ],
+    ids=repr,
+)
+def test_parts_of_a_wrong_type_are_passed_over(meter, odd):
+    meter.feed(delta("a") + event(**odd) + delta("b", finish="stop") + DONE, 1.0)
+    assert meter.output_tokens == 2
+    assert meter.complete

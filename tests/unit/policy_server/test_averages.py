@@ -10,6 +10,7 @@ from pointsman_operator.stats import AVERAGE_QOS, VIOLATION_RATE
 from pointsman_policy.http_api import Health, build_app
 from pointsman_policy.openai_api import ApiError, parse_completion
 from pointsman_policy.service import Limits
+from pointsman_policy.tracker import End
 
 A, POLICY = "10.0.0.1:8000", "default/auto"
 TERM = re.compile(r"sum by \(policy\) \(increase\((\w+)\[\w+\]\)\)")
@@ -21,7 +22,7 @@ def handled(service, event):
     """Have the service handle one request with a known end."""
     count = iter(range(100))
 
-    def handle(*, tokens=1, complete=True, status=200, ended_s=100.01):
+    def handle(*, tokens=1, end=End.WHOLE, status=200, ended_s=100.01):
         name, tracker = f"r{next(count)}", service.tracker
         completion = parse_completion(
             b'{"model": "auto", "messages": [{"role": "user", "content": "hello"}]}'
@@ -32,7 +33,7 @@ def handled(service, event):
         tracker.responded(name, status=status, **told)
         for _ in range(tokens):
             tracker.received(name, event(), now_s=ended_s)
-        tracker.ended(name, complete=complete, now_s=ended_s)
+        tracker.ended(name, end, now_s=ended_s)
 
     return handle
 
@@ -75,7 +76,8 @@ async def test_averages_are_those_of_the_server_s_own_window(service, handled, a
     handled()
     handled(ended_s=109.0)  # too late
     handled(status=500)
-    handled(complete=False)
+    handled(end=End.EARLY)
+    handled(end=End.UNSEEN)  # nobody knows how it did
     handled(tokens=0)  # its latency per token is not known
     for address in ("10.0.0.1:8000", "10.0.0.2:8000"):
         service.state.set_ready(address, ready=False)

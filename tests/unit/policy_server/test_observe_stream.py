@@ -5,6 +5,7 @@ import pytest
 from pointsman_policy.observe_stream import ObserveStream
 from pointsman_policy.openai_api import parse_completion
 from pointsman_policy.service import Limits
+from pointsman_policy.tracker import End
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
 GOOD = {"policy": "default/auto", "expert": "good"}
@@ -56,6 +57,22 @@ def test_a_stream_that_ends_early_was_aborted(observing, service, messages, even
     assert counted(service, "completions_total", **GOOD, outcome="aborted") == 1
 
 
+def test_a_stream_that_is_lost_tells_nothing(observing, service, messages, event, counted):
+    observing.handle(messages.response_headers(content_type=SSE, x_pointsman_endpoint=A))
+    observing.handle(messages.response_body(event()))
+    observing.lose()
+    assert len(service.state) == len(service.tracker) == 0
+    assert counted(service, "completions_total", **GOOD, outcome="unknown") == 1
+    assert counted(service, "qos_requests_total", policy="default/auto") == 0
+
+
+def test_a_stream_that_is_lost_after_its_end_is_no_matter(observing, service, messages, counted):
+    observing.handle(messages.response_headers(status="503", ends=True))
+    observing.lose()
+    assert counted(service, "completions_total", **GOOD, outcome="error") == 1
+    assert counted(service, "completions_total", **GOOD, outcome="unknown") == 0
+
+
 def test_an_answer_without_body_ends_with_its_headers(observing, service, messages, counted):
     observing.handle(messages.response_headers(status="503", ends=True))
     assert observing.done
@@ -92,7 +109,7 @@ def test_a_request_that_is_refused_leaves_nothing(service, messages):
 def test_a_request_that_cannot_be_followed_changes_nothing(known, service, messages, event):
     if known == "ended before":
         service.tracker.opened("r1", now_s=100.0)
-        service.tracker.ended("r1", complete=True, now_s=100.0)
+        service.tracker.ended("r1", End.WHOLE, now_s=100.0)
     stream = ObserveStream(service)
     stream.handle(messages.request_headers(x_request_id=None if known == "without an id" else "r1"))
     stream.handle(messages.response_headers())

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pointsman_policy import openai_api
 from pointsman_policy.openai_api import (
     ApiError,
     model_object,
@@ -260,6 +261,54 @@ class TestWithModel:
 
     def test_a_long_conversation_is_not_a_deep_one(self):
         assert parse_completion(body(messages=MESSAGES * 1000)).with_model("m")
+
+
+class TestLongBody:
+    """Python's own parser and writer would hold up all other requests for seconds."""
+
+    @pytest.fixture(autouse=True)
+    def no_slow_parser(self, monkeypatch):
+        monkeypatch.setattr(openai_api, "json", None)
+
+    @staticmethod
+    def long(members):
+        text = b'{"prompt": "x", %s, "y": [' % members
+        return text + b",".join([b"0"] * (openai_api.LONG_BODY_BYTES // 2)) + b"]}"
+
+    @pytest.mark.parametrize(
+        "members",
+        [
+            b'"model": "auto"',
+            b'"model": "auto", "metadata": {"model": "mine"}',
+            b'"metadata": [{"model": "0"}], "model": "auto", "z": {"model": "1"}',
+            b'"user": "\\u006d", "model": "auto"',
+            b'"model": "old", "model": "auto"',
+            b'"model": "auto", "big": 12345678901234567890123',
+        ],
+    )
+    def test_its_own_model_is_replaced_and_all_else_stays(self, members):
+        body = self.long(members)
+        request = parse_completion(body)
+        assert request.model == "auto"
+        assert request.with_model("m") == body.replace(b'"auto"', b'"m"')
+
+    @pytest.mark.parametrize(
+        "members",
+        [
+            b'"mod\\u0065l": "auto"',
+            b'"model": "old", "mod\\u0065l": "auto"',
+            b'"z": [%s], "model": "auto"' % b",".join([b'{"model": "x"}'] * 1_000),
+        ],
+        ids=["escaped", "repeated with escapes", "many"],
+    )
+    def test_one_whose_model_is_hidden_is_refused(self, members):
+        with pytest.raises(ApiError) as refused:
+            parse_completion(self.long(members))
+        assert (refused.value.status, refused.value.param) == (400, "model")
+        assert refused.value.message == (
+            "In a body of 256 KiB and more `model` must be written without escapes, and be the"
+            " key of at most 1000 members."
+        )
 
 
 @given(st.binary() | json_values.map(orjson.dumps))

@@ -13,6 +13,7 @@ from pointsman_policy.service import (
     make_request,
     parse_limits,
 )
+from pointsman_policy.tracker import End
 
 A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"
 AUTO = "default/auto"
@@ -68,8 +69,8 @@ class TestInstall:
         service.install([build.snapshot(build.expert("fast", B))])
         assert service.state.in_flight(A) == 1
         assert route(service, "r2").chosen.address == B
-        service.tracker.ended("r1", complete=True, now_s=101.0)
-        service.tracker.ended("r2", complete=True, now_s=101.0)
+        service.tracker.ended("r1", End.WHOLE, now_s=101.0)
+        service.tracker.ended("r2", End.WHOLE, now_s=101.0)
         assert len(service.state) == 0
 
     def test_readiness_is_kept(self, service, build):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pointsman_policy.openai_api import ApiError, parse_completion
 from pointsman_policy.service import Limits
 from pointsman_policy.stats import PolicyStatistics, SlidingWindow, Totals
+from pointsman_policy.tracker import End
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
 AUTO = "default/auto"
@@ -88,7 +89,7 @@ class TestRequests:
             expert=expert,
         )
         service.tracker.received(request_id, chunk, now_s=at)
-        service.tracker.ended(request_id, complete=True, now_s=at)
+        service.tracker.ended(request_id, End.WHOLE, now_s=at)
 
     def test_under_way_do_not_count(self, service, totals):
         self.send(service)
@@ -127,7 +128,7 @@ class TestRequests:
         self.answer(service, b"", status=500)
         self.send(service, "r2")
         service.tracker.received("r2", event(), now_s=100.0)
-        service.tracker.ended("r2", complete=False, now_s=100.0)
+        service.tracker.ended("r2", End.EARLY, now_s=100.0)
         assert totals(service) == Totals(requests=2, failed=2)
 
     def test_without_tokens_are_left_out(self, service, totals):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pointsman_core.state import EngineLoad
-from pointsman_policy.tracker import REMEMBERED_ENDS
+from pointsman_policy.tracker import REMEMBERED_ENDS, End
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
 GOOD = {"policy": "default/auto", "expert": "good"}
@@ -13,7 +13,7 @@ FAST = {"policy": "default/auto", "expert": "fast"}
 
 
 def play(service, decision, event, letter, request_id, *, now_s, served_by, expert):
-    """One of the things that may happen to a request, as in ``ODRCE``."""
+    """One of the things that may happen to a request, as in ``ODRCEXU``."""
     tracker = service.tracker
     match letter:
         case "O":
@@ -30,8 +30,9 @@ def play(service, decision, event, letter, request_id, *, now_s, served_by, expe
             )
         case "C":
             tracker.received(request_id, event(), now_s=now_s)
-        case "E" | "X":
-            tracker.ended(request_id, complete=letter == "E", now_s=now_s)
+        case "E" | "X" | "U":
+            ends = {"E": End.WHOLE, "X": End.EARLY, "U": End.UNSEEN}
+            tracker.ended(request_id, ends[letter], now_s=now_s)
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +93,7 @@ def test_any_order(order, in_flight, completions, tokens, service, steps, counte
 @given(
     calls=st.lists(
         st.tuples(
-            st.sampled_from("ODRCEX"),
+            st.sampled_from("ODRCEXU"),
             st.sampled_from(["r1", "r2", "r3"]),
             st.sampled_from([A, B, "10.9.9.9:1", "", None]),
         ),
@@ -169,24 +170,26 @@ class TestLatency:
 
 class TestOutcome:
     @pytest.mark.parametrize(
-        ("status", "complete", "want"),
+        ("status", "end", "want"),
         [
-            (200, True, "ok"),
-            (0, True, "ok"),
-            (400, True, "error"),
-            (500, True, "error"),
-            (200, False, "aborted"),
-            (500, False, "aborted"),
+            (200, End.WHOLE, "ok"),
+            (0, End.WHOLE, "ok"),
+            (400, End.WHOLE, "error"),
+            (500, End.WHOLE, "error"),
+            (200, End.EARLY, "aborted"),
+            (500, End.EARLY, "aborted"),
+            (200, End.UNSEEN, "unknown"),
+            (500, End.UNSEEN, "unknown"),
         ],
     )
-    def test_is_counted(self, status, complete, want, service, steps, counted):
+    def test_is_counted(self, status, end, want, service, steps, counted):
         steps("O")
         steps("D")
         service.tracker.responded(
             "r1", status=status, content_type="text/event-stream", served_by=A, expert="good"
         )
         steps("C")
-        service.tracker.ended("r1", complete=complete, now_s=101.0)
+        service.tracker.ended("r1", end, now_s=101.0)
         assert counted(service, "completions_total", **GOOD, outcome=want) == 1
         # Latency means something only for whole good answers.
         latencies = counted(service, "latency_per_token_seconds_count", **GOOD)
@@ -198,7 +201,7 @@ class TestOutcome:
             steps(step)
         steps("C")
         service.tracker.received("r1", b'data: {"error": {"message": "boom"}}\n\n', now_s=100.5)
-        service.tracker.ended("r1", complete=True, now_s=101.0)
+        service.tracker.ended("r1", End.WHOLE, now_s=101.0)
         assert counted(service, "completions_total", **GOOD, outcome="error") == 1
         assert counted(service, "latency_per_token_seconds_count", **GOOD) == 0
         assert counted(service, "predicted_qos_total", policy="default/auto") == 0
@@ -277,7 +280,7 @@ class TestOpened:
     def test_ends_are_remembered_for_a_while_only(self, service):
         for i in range(REMEMBERED_ENDS + 1):
             service.tracker.opened(f"r{i}", now_s=100.0)
-            service.tracker.ended(f"r{i}", complete=True, now_s=100.0)
+            service.tracker.ended(f"r{i}", End.WHOLE, now_s=100.0)
         assert service.tracker.opened("r0", now_s=101.0)
         assert not service.tracker.opened("r1", now_s=101.0)
 
@@ -349,9 +352,9 @@ class TestReconcile:
 def test_what_was_served_without_a_decision_is_counted(service, steps, counted):
     steps("O", "r1", now_s=100.0)
     service.tracker.responded("r1", status=200, content_type="", served_by=A, expert="a")
-    service.tracker.ended("r1", complete=True, now_s=101.0)
+    service.tracker.ended("r1", End.WHOLE, now_s=101.0)
     assert counted(service, "undecided_total") == 1
     steps("O", "refused", now_s=100.0)
     service.tracker.responded("refused", status=404, content_type="", served_by=None, expert=None)
-    service.tracker.ended("refused", complete=True, now_s=101.0)
+    service.tracker.ended("refused", End.WHOLE, now_s=101.0)
     assert counted(service, "undecided_total") == 1
