@@ -136,6 +136,7 @@ class Publisher:
         self.poll_interval_s = poll_interval_s
         self._on_change = on_change
         self._links: dict[str, _Link] = {}
+        self._servers_known = False
         self._sequence = 0
         self.wanted: SnapshotSet | None = None
         """The last set; ``None`` before the first, when nothing may be sent."""
@@ -162,6 +163,7 @@ class Publisher:
 
     async def set_servers(self, servers: Mapping[str, bool]) -> None:
         """Which servers there are, by address, and whether each is ready."""
+        self._servers_known = True
         left = self._links.keys() - servers.keys()
         gone = [self._links.pop(address) for address in left]
         for address, counted in servers.items():
@@ -193,8 +195,9 @@ class Publisher:
 
     @property
     def asked(self) -> bool:
-        """Whether each server was asked for its counts, or cannot be."""
-        return all(link.counts is not None or link.error for link in self._links.values())
+        """Whether each server was asked for its counts, or cannot be; False before `set_servers`."""
+        links = self._links.values()
+        return self._servers_known and all(one.counts is not None or one.error for one in links)
 
     @property
     def settled(self) -> bool:

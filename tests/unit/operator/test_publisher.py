@@ -552,3 +552,9 @@ async def test_a_missing_certificate_is_told(tmp_path, rig, snapshots):
     rig.publisher.publish(snapshots())
     await rig.publisher.set_servers({"127.0.0.1:1": True})
     await rig.until(lambda states: "No such file" in states["127.0.0.1:1"].error)
+
+
+async def test_nobody_was_asked_before_it_is_known_whom_to_ask(rig):
+    assert not rig.publisher.asked
+    await rig.publisher.set_servers({})
+    assert rig.publisher.asked
