@@ -195,7 +195,7 @@ class Publisher:
 
     @property
     def asked(self) -> bool:
-        """Whether each server was asked for its counts, or cannot be; False before `set_servers`."""
+        """Whether each server was asked for its counts, or cannot be; not before `set_servers`."""
         links = self._links.values()
         return self._servers_known and all(one.counts is not None or one.error for one in links)
 

@@ -28,8 +28,13 @@ from pointsman_policy.envoy.process import RunningEnvoy, running_envoy
 
 POINTSMAN = (sys.executable, "-m", "pointsman_cli.main")
 PATIENCE_S = 90.0
-UNHURRIED = {"message_timeout_ms": 60_000, "policy_check_timeout_ms": 60_000}
-"""Settings of an Envoy that waits for the policy server however busy the machine is.
+UNHURRIED = {
+    "message_timeout_ms": 60_000,
+    "policy_check_timeout_ms": 60_000,
+    "observe_close_delay_ms": 3000,
+}
+"""Settings of an Envoy that waits for the policy server however busy the machine is, also for it
+to read how a request ended.
 
 With its own settings it soon goes on without one that is slow, which is to be tested by itself.
 """

@@ -19,7 +19,7 @@ from pointsman_cli.demo.processes import children, free_port, wait_for_http
 from pointsman_core.resources import Algorithm
 
 POINTSMAN = (sys.executable, "-m", "pointsman_cli.main")
-PATIENCE_S = 150.0
+PATIENCE_S = 300.0
 MARK = "POINTSMAN_TEST_RUN"
 """Environment variable by which all processes of one command are found, orphans too."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 COMMAND = (sys.executable, "-m", "pointsman_cli.main", "evaluate")
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 @asynccontextmanager

@@ -21,7 +21,7 @@ spec: {models: [auto], qos: {latencyPerTokenMs: 0}}
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*SERVER, *flags], capture_output=True, text=True, timeout=60, check=False
+        [*SERVER, *flags], capture_output=True, text=True, timeout=150, check=False
     )
 
 

@@ -68,10 +68,12 @@ class EnvoySettings(BaseModel):
     """Without the policy server: true sends requests to the least loaded endpoint, false answers
     503."""
 
-    observe_close_delay_ms: Annotated[int, Field(ge=250, le=600_000)] = 300
-    """After a request ended early (client gone, engine dead) its `observe` stream stays open this
-    long, so that what was sent last still arrives. The policy server takes a stream that ends
-    within 200 ms of its last message as one whose connection was lost."""
+    observe_close_delay_ms: Annotated[int, Field(ge=250, le=600_000)] = 1000
+    """After a request ended its `observe` stream stays open this long, so that what was sent last
+    still arrives: what the policy server has not read by then is lost. One that ended early (client
+    gone, engine dead) is in its table as long; so no longer than a burst holds the policy server
+    up. It takes a stream that ends within 200 ms of its last message as one whose connection was
+    lost."""
 
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     """Further attempts, each on another endpoint, when one fails before it answered."""

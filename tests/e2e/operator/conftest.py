@@ -333,9 +333,11 @@ async def plant(
             listen_port=0,
             admin_port=0,
             policy_server_address=found.grpc_address,
-            # However busy the machine is, no request goes on without a decision.
+            # However busy the machine is, no request goes on without a decision, and how each
+            # one ended is seen.
             message_timeout_ms=60_000,
             policy_check_timeout_ms=60_000,
+            observe_close_delay_ms=3000,
         )
         found.envoy = await stack.enter_async_context(
             running_envoy(settings, log_path=folder / "envoy.log")

@@ -579,7 +579,7 @@ def test_the_command_refuses_what_cannot_be_served(flags: list[str], message: st
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=150,
     )
     assert done.returncode == 1
     assert message in done.stderr

@@ -178,7 +178,11 @@ async def test_one_dropped_connection_is_forgiven(seen: Seen):
 async def test_a_stalled_engine_is_unready_after_three_time_outs(engine: Engine, seen: Seen):
     async with scraping(seen, by_address(engine.target()), timeout_seconds=0.2):
         assert await seen.next_health() == (True, "")
+        while not seen.loads.empty():
+            seen.loads.get_nowait()
+        await seen.loads.get()  # a good look just ended, however many this busy process missed
         engine.answers["/metrics"] = stall
+        seen.errors = asyncio.Queue()
         assert await seen.next_health() == (False, "timed out")
         errors = [seen.errors.get_nowait()[1] for _ in range(seen.errors.qsize())]
         assert errors == [ScrapeError.TIMEOUT] * 3
