@@ -3,6 +3,10 @@
 import hashlib
 import math
 import random
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import orjson
 
@@ -31,6 +35,23 @@ def count_tokens(text: str) -> int:
     return max(1, math.ceil(len(text) / CHARACTERS_PER_TOKEN))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """An answer that ends at a text: as in vLLM, the token that completes it is the last one.
+
+    The text itself is not part of the answer.
+    """
+
+    tokens: int
+    """Tokens that are made."""
+    characters: int
+    """Length of the answer."""
+    whole_tokens: int
+    """Tokens that are in it completely."""
+    rest: int
+    """Characters of the next one that are in it."""
+
+
 class Answer:
     """The endless text that one prompt gets from one model; token ``i`` is one word."""
 
@@ -57,6 +78,26 @@ class Answer:
     def text(self, tokens: int) -> str:
         """First ``tokens`` tokens in one string."""
         return "".join(map(self.token, range(tokens)))
+
+    def stopped(self, tokens: int, stops: Sequence[str], *, least: int = 0) -> Cut | None:
+        """Where the first of some texts ends the answer, of which ``least`` tokens are passed over.
+
+        None where none does within ``tokens``.
+        """
+        text = self.text(tokens)
+        start = len(self.text(least))
+        found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, start)) >= 0]
+        if not found:
+            return None
+        end, characters = min(found)
+        ends = list(accumulate(len(self.token(index)) for index in range(tokens)))
+        whole = bisect_right(ends, characters)
+        return Cut(
+            tokens=bisect_left(ends, end) + 1,
+            characters=characters,
+            whole_tokens=whole,
+            rest=characters - (ends[whole - 1] if whole else 0),
+        )
 
     def natural_tokens(self, mean: float) -> int:
         """Length at which the answer stops by itself: lognormal with this mean, at least 1."""

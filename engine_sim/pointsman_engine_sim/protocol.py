@@ -5,15 +5,25 @@ from http import HTTPStatus
 from typing import Annotated, Literal, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from pointsman_engine_sim.answers import Answer, count_tokens
+from pointsman_engine_sim.answers import Answer, Cut, count_tokens
 
 RequestT = TypeVar("RequestT", bound="CompletionOptions")
 TokenCount = Annotated[int, Field(ge=1)]
 
 MAX_DESCRIBED = 10
 """Errors that one message lists."""
+
+MAX_STOPS = 16
+"""Texts of `stop`; OpenAI takes 4, vLLM any number."""
 
 _ERROR_TYPES = {
     HTTPStatus.BAD_REQUEST: "BadRequestError",
@@ -69,8 +79,33 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+def _texts(value: object) -> object:
+    match value:
+        case None:
+            return ()
+        case str():
+            return (value,)
+    return value
+
+
+StopTexts = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(_texts),
+    Field(max_length=MAX_STOPS),
+]
+
+
+class ResponseFormat(BaseModel):
+    """In which form the answer is wanted."""
+
+    type: str
+
+
 class CompletionOptions(BaseModel):
-    """What both endpoints understand; other fields are ignored, as sampling is simulated."""
+    """What both endpoints understand; other fields are ignored, as sampling is simulated.
+
+    What would change the form of the answer and is not simulated is refused.
+    """
 
     model: str | None = None
     stream: bool = False
@@ -79,6 +114,29 @@ class CompletionOptions(BaseModel):
     max_tokens: TokenCount | None = None
     min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
+    stop: StopTexts = ()
+    logprobs: bool | int | None = None
+    top_logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    tool_choice: str | dict[str, object] | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _nothing_that_is_not_simulated(self) -> Self:
+        asked = {
+            "logprobs": self.logprobs is not None and self.logprobs is not False,
+            "top_logprobs": bool(self.top_logprobs),
+            "echo": bool(self.echo),
+            "best_of": self.best_of not in (None, 1),
+            "suffix": bool(self.suffix),
+            "tool_choice": self.tool_choice not in (None, "none", "auto"),
+            "response_format": self.response_format not in (None, ResponseFormat(type="text")),
+        }
+        if wrong := [name for name, given in asked.items() if given]:
+            raise ValueError(f"Not supported by the simulated engine: {', '.join(wrong)}.")
+        return self
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> Self:
@@ -214,10 +272,14 @@ class Reply:
     prompt_tokens: int
     output_tokens: int
     finish_reason: Literal["stop", "length"]
+    cut: Cut | None = None
+    """Where a text of `stop` ends the answer."""
 
     def body(self) -> bytes:
         """Render the whole answer."""
         text = self.answer.text(self.output_tokens)
+        if self.cut is not None:
+            text = text[: self.cut.characters]
         choice: dict[str, object] = {"index": 0, "logprobs": None}
         if self.dialect is CHAT:
             choice["message"] = {"role": "assistant", "content": text}
@@ -236,12 +298,20 @@ class Reply:
         """Render tokens ``first`` to ``last`` (exclusive), one event each."""
         start = self._event_start() + self.dialect.before_token
         end = self.dialect.after_token + _EVENT_END
-        token = self.answer.token_json
+        token = self.answer.token_json if self.cut is None else self._cut_token
         events = [start + token(index) + end for index in range(first, last)]
         if events and last == self.output_tokens:
             reason = b'"finish_reason":"%b"' % self.finish_reason.encode()
             events[-1] = events[-1].replace(b'"finish_reason":null', reason)
         return b"".join(events)
+
+    def _cut_token(self, index: int) -> bytes:
+        """A token without what is behind the answer's end; as vLLM does, tokens may be empty."""
+        cut = self.cut
+        if cut is None or index < cut.whole_tokens:
+            return self.answer.token_json(index)
+        text = self.answer.token(index)[: cut.rest] if index == cut.whole_tokens else ""
+        return orjson.dumps(text)[1:-1]
 
     def closing(self, *, include_usage: bool) -> bytes:
         """Render what comes after the last token."""

@@ -193,6 +193,8 @@ class _Routes:
         natural = answer.natural_tokens(settings.expected_output_tokens)
         wanted = max(natural, body.min_tokens)
         stops = wanted <= limit and not body.ignore_eos
+        tokens = wanted if stops else limit
+        cut = answer.stopped(tokens, body.stop, least=body.min_tokens) if body.stop else None
         return Reply(
             dialect=dialect,
             request_id=request.headers.get("x-request-id") or uuid.uuid4().hex,
@@ -200,8 +202,9 @@ class _Routes:
             created=int(time.time()),
             answer=answer,
             prompt_tokens=body.prompt_tokens,
-            output_tokens=wanted if stops else limit,
-            finish_reason="stop" if stops else "length",
+            output_tokens=cut.tokens if cut else tokens,
+            finish_reason="stop" if stops or cut else "length",
+            cut=cut,
         )
 
     def _room(self, body: ChatRequest | CompletionRequest) -> int:

@@ -179,6 +179,22 @@ def envoy(
             max=MAX_BODY_BYTES,
         ),
     ] = DEFAULT_BODY_LIMIT,
+    retries: Annotated[
+        int,
+        typer.Option(
+            help="Further attempts, each on another endpoint, when one fails before it answered.",
+            min=0,
+            max=10,
+        ),
+    ] = 2,
+    message_timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that a request waits for the policy server before it goes on without.",
+            min=0.001,
+            max=600,
+        ),
+    ] = 1.0,
     concurrency: Annotated[int, typer.Option(help="Worker threads.", min=1)] = 1,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the bootstrap and do not start Envoy.")
@@ -198,6 +214,8 @@ def envoy(
             policy_server_address=policy_server,
             fail_open=not fail_closed,
             request_body_limit_bytes=body_limit,
+            retries=retries,
+            message_timeout_ms=round(message_timeout * 1e3),
         )
         binary = envoy_binary()
     except (ValueError, FileNotFoundError) as error:

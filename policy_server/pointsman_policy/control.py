@@ -243,7 +243,7 @@ async def control_server(
             credentials = ServerTls(tls, on_reload=metrics.count_tls_reload).credentials()
             port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {address}: {error}") from None
+        raise OSError(f"--control-address: cannot listen on {address}: {error}") from None
     await server.start()
     try:
         yield port

@@ -5,11 +5,16 @@ stream that Envoy closes before the answer's end of stream means that the client
 the engine died. One that is lost means nothing: the answer may well go on unseen.
 """
 
+from collections.abc import Mapping
+
 from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
 
 from pointsman_policy.decide_stream import REQUEST_ID, header_dict
 from pointsman_policy.service import RoutingService
 from pointsman_policy.tracker import End
+
+FAILED_ENDPOINT = "x-pointsman-failed-endpoint"
+"""Header by which Envoy tells, in an error of its own, which endpoint was tried last."""
 
 SILENT_BEFORE_CLOSE_S = 0.2
 """Envoy lets more time than this pass between the end of a request and its closing a stream
@@ -70,9 +75,21 @@ class ObserveStream:
             served_by=served_by,
             expert=headers.get("x-pointsman-expert"),
         )
-        self._service.answered(served_by, status=status)
+        self._judge_endpoints(request_id, headers, status)
         if message.response_headers.end_of_stream:
             self._end(End.WHOLE)
+
+    def _judge_endpoints(self, request_id: str, headers: Mapping[str, str], status: int) -> None:
+        """Who answered, and who should have and did not."""
+        served_by, failed = headers.get("x-pointsman-endpoint"), headers.get(FAILED_ENDPOINT)
+        self._service.answered(served_by, status=status)
+        if failed is not None:
+            self._service.failed(failed, why=f"no answer ({status})")
+        # A decision that came too late for Envoy is known here, and yet nobody was passed over.
+        in_force = "x-pointsman-policy" in headers
+        chosen = self._service.tracker.chosen(request_id)
+        if in_force and chosen not in (None, served_by, failed):
+            self._service.failed(chosen, why="another one had to serve")
 
     def _on_response_body(self, message: ProcessingRequest, request_id: str) -> None:
         body = message.response_body

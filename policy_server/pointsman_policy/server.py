@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
@@ -109,6 +110,9 @@ class PolicyServer:
         """Start, serve, drain."""
         stop = asyncio.Event()
         _on_signals(stop.set)
+        folder = self._settings.models
+        if folder is not None and not folder.is_dir():  # it may still come, as mounts do
+            log.warning("the folder of models is not there", option="--models", path=str(folder))
         paths, suffixes = self._watched()
         known = file_contents(paths, suffixes=suffixes)
         async with self._scraper, self._http(), self._grpc():
@@ -269,7 +273,11 @@ class PolicyServer:
                 if address.pipe
                 else web.TCPSite(runner, address.host, address.port)
             )
-            await site.start()
+            try:
+                await site.start()
+            except OSError as error:
+                where, why = self._settings.http_address, os.strerror(error.errno or 0).lower()
+                raise OSError(f"--http-address: cannot listen on {where}: {why}") from None
             yield
         finally:
             await runner.cleanup()
@@ -287,7 +295,8 @@ class PolicyServer:
         try:
             server.add_insecure_port(self._settings.grpc_address)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {self._settings.grpc_address}: {error}") from None
+            where = self._settings.grpc_address
+            raise OSError(f"--grpc-address: cannot listen on {where}: {error}") from None
         await server.start()
         try:
             yield

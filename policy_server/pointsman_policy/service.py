@@ -243,12 +243,17 @@ class RoutingService:
             return
         if status < 400:
             self._outliers.succeeded(address)
-        elif self._outliers.failed(address) and self._can_be_spared(address):
+        else:
+            self.failed(address, why=f"status {status}")
+
+    def failed(self, address: str, *, why: str) -> None:
+        """Note that an endpoint did not serve a request that it was sent, as in `answered`."""
+        if self._outliers.failed(address) and self._can_be_spared(address):
             seconds = self._outliers.pause(address, now_s=self.clock())
             self.state.set_paused(address, paused=True)
             experts = ",".join(c.expert for c in self.candidates().get(address, ()))
             self.metrics.pauses.labels(experts).inc()
-            log.warning("endpoint only fails", address=address, status=status, pause_s=seconds)
+            log.warning("endpoint only fails", address=address, last=why, pause_s=seconds)
 
     def _can_be_spared(self, address: str) -> bool:
         """Whether each policy of an endpoint in force can choose another one."""

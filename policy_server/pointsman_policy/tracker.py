@@ -118,6 +118,12 @@ class RequestTracker:
         self._state.add_tokens(request_id, known.counter.total)
         self._follow(request_id, known)
 
+    def chosen(self, request_id: str) -> str | None:
+        """Address that was chosen for a request on its way, as far as is known."""
+        known = self._tracked.get(request_id)
+        decision = known.decision if known is not None else None
+        return None if decision is None or decision.chosen is None else decision.chosen.address
+
     def responded(
         self,
         request_id: str,

@@ -251,6 +251,30 @@ async def test_envoy_prints_its_configuration(commands):
     assert config["admin"]["address"]["socket_address"]["port_value"] == 9901
 
 
+async def test_envoy_takes_retries_and_the_time_limit_of_decisions(commands):
+    options = ("--retries", "5", "--message-timeout", "2.5")
+    done = await commands.run("envoy", *options, "--print-config")
+    assert (done.status, done.stderr) == (0, "")
+    assert "num_retries: 5\n" in done.stdout
+    assert "message_timeout: 2.5s\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "want"),
+    [
+        ("--retries", "11", "less than or equal to 10"),
+        ("--retries", "-1", "greater than or equal to 0"),
+        ("--message-timeout", "0", "greater than or equal to 0.001"),
+        ("--message-timeout", "601", "less than or equal to 600"),
+        ("--message-timeout", "nan", "less than or equal to 600"),
+    ],
+)
+async def test_envoy_tells_what_is_out_of_range(commands, option, value, want):
+    done = await commands.run("envoy", option, value, "--print-config")
+    assert (done.status, done.stdout) == (2, "")
+    assert f"Invalid value for '{option}': Input should be {want}" in done.stderr
+
+
 @pytest.mark.parametrize("option", ["--listen", "--admin"])
 async def test_envoy_refuses_to_listen_where_it_cannot(commands, option):
     done = await commands.run("envoy", option, "unix:///run/x.sock", "--print-config")

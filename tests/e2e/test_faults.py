@@ -222,6 +222,52 @@ async def test_an_engine_that_answers_only_errors_does_not_draw_all_requests(bar
         assert await site.metric("pointsman_pauses_total") == {'expert="ant"': 1}
 
 
+async def paused_after(site, *, requests):
+    """Send requests at once; their statuses, and experts that were left alone then."""
+    statuses = await load(site, count=requests)
+    await site.until_empty()
+    paused = await site.metric("pointsman_pauses_total")
+    return set(statuses), paused
+
+
+async def test_an_engine_whose_failures_are_retried_away_costs_no_retry_each_time(
+    bare_site, in_front
+):
+    await bare_site.start_engine("ant", "--fail-after-tokens", "0", quality={"default": 0.9})
+    await bare_site.start_engine("bee", quality={"default": 0.5})
+    bare_site.declare_policy(algorithm="QualityGreedy")
+    async with in_front(bare_site, answers=False) as site:
+        # Its own statuses are all good.
+        assert await paused_after(site, requests=5) == ({200}, {'expert="ant"': 1})
+        before = await site.metric("pointsman_rerouted_total")
+        assert set(await load(site, count=5)) == {200}
+        assert await site.metric("pointsman_rerouted_total") == before
+
+
+async def test_an_engine_that_stalls_is_left_alone(bare_site, in_front):
+    await bare_site.start_engine("ant", "--stall", quality={"default": 0.9})
+    await bare_site.start_engine("bee", quality={"default": 0.5})
+    bare_site.declare_policy(algorithm="QualityGreedy", explainHeaders=False)
+    async with in_front(bare_site, answers=False, stream_idle_timeout_s=1) as site:
+        assert await paused_after(site, requests=5) == ({504}, {'expert="ant"': 1})
+        status, headers, _ = await site.ask()
+        assert (status, [name for name in headers if "pointsman" in name]) == (200, [])
+
+
+async def test_clients_that_leave_pause_no_engine(bare_site, in_front):
+    await bare_site.start_engine("ant", profile={"iterationOverheadMs": 50.0})
+    await bare_site.start_engine("bee")
+    bare_site.declare_policy(algorithm="QualityGreedy")
+    async with in_front(bare_site, answers=False) as site:
+        for stream in (True, False):
+            running = asyncio.create_task(load(site, count=8, stream=stream, max_tokens=400))
+            await site.until(lambda s: s["in_flight"] == 8, "eight in flight")
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await site.until_empty()
+        assert await site.metric("pointsman_pauses_total") == {}
+
+
 async def test_a_connection_dropped_by_the_engine_mid_stream_leaves_no_entry(bare_site, in_front):
     await bare_site.start_engine("ant", "--fail-after-tokens", "5")
     bare_site.declare_policy()

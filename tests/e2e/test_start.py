@@ -1,5 +1,7 @@
 """Starting with something wrong: a clear message and a status, never a traceback."""
 
+import json
+import socket
 import subprocess
 import sys
 
@@ -42,7 +44,11 @@ def test_wrong_manifests_are_all_told_with_line_and_field(tmp_path):
         (("--http-address", "here"), "'here' is neither ip:port nor unix:///path"),
         (("--log-level", "loud"), "unknown log level 'loud'"),
         (("--log-format", "xml"), "unknown log format 'xml'"),
-        (("--grpc-address", "198.51.100.1:1"), "cannot listen on 198.51.100.1:1"),
+        (("--grpc-address", "198.51.100.1:1"), "--grpc-address: cannot listen on 198.51.100.1:1: "),
+        (
+            ("--http-address", "unix:///missing/x.sock"),
+            "--http-address: cannot listen on unix:///missing/x.sock: no such file or directory\n",
+        ),
     ],
 )
 def test_wrong_options_are_told(tmp_path, flags, message):
@@ -51,3 +57,29 @@ def test_wrong_options_are_told(tmp_path, flags, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--grpc-address", "--http-address", "--control-address"])
+def test_an_address_that_is_taken_is_told_with_its_option(tmp_path, option):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        own = {"--grpc-address": f"unix://{tmp_path}/p.sock", "--http-address": "127.0.0.1:0"}
+        flags = [word for pair in (own | {option: address}).items() for word in pair]
+        done = run("--snapshots", str(tmp_path / "snapshots"), *flags)
+    assert done.returncode == 1
+    assert f"{option}: cannot listen on {address}: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_folder_of_models_is_told(tmp_path):
+    missing = tmp_path / "models"
+    (tmp_path / "site.yaml").write_text(BROKEN)
+    done = run(
+        *("--manifests", str(tmp_path), "--http-address", "127.0.0.1:0"),
+        *("--grpc-address", f"unix://{tmp_path}/p.sock", "--models", str(missing)),
+    )
+    (line,) = [
+        line for line in done.stdout.splitlines() + done.stderr.splitlines() if "models" in line
+    ]
+    assert json.loads(line)["level"] == "warning"
+    assert json.loads(line)["path"] == str(missing)

@@ -6,12 +6,14 @@ Both share the machine, so throughput is a lower bound of what the server alone 
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from pointsman_cli.bench import site
 from pointsman_cli.bench.report import Timing, row
 from pointsman_core.resources import Algorithm
 from pointsman_policy.child import ending_with_parent
+from pointsman_policy.ext_proc import FILTER_KEY
 
 START_TIMEOUT_S = 120.0
 WARM_UP = 50
@@ -66,7 +69,11 @@ async def run(
     concurrency: Sequence[int],
     algorithms: Sequence[Algorithm],
 ) -> list[dict[str, object]]:
-    """Measure every algorithm at every concurrency."""
+    """Measure every algorithm at every concurrency.
+
+    Once as ever, of requests without an id, which enter no table; and once followed: with one,
+    put into the in-flight table and taken out by the end of their answer.
+    """
     runs = []
     async with _engines(endpoints) as addresses, _server(addresses, algorithms) as server:
         stub = ExternalProcessorStub(server.channel)
@@ -75,9 +82,10 @@ async def run(
             await _ask(stub, body, request_id=f"resident-{i}")
         for algorithm in algorithms:
             bodies = [_body(algorithm, prompt) for prompt in site.prompts(16)]
-            for clients in concurrency:
+            for clients, followed in itertools.product(concurrency, (False, True)):
                 before = server.cpu_seconds()
-                timing = await _measure(stub, bodies, clients=clients, requests=requests)
+                ask = _decide_and_follow if followed else _decide_only
+                timing = await _measure(stub, bodies, ask, clients=clients, requests=requests)
                 # The warm-up is in the CPU time as well.
                 spent = (server.cpu_seconds() - before) / (timing.count + WARM_UP)
                 labels = {
@@ -85,21 +93,50 @@ async def run(
                     "concurrency": clients,
                     "endpoints": endpoints,
                     "in_flight": in_flight,
+                    "followed": followed,
                 }
                 runs.append(row(labels, timing) | {"server_cpu_us": round(spent * 1e6, 1)})
     return runs
 
 
+async def _decide_only(stub: ExternalProcessorStub, body: bytes) -> float:
+    """Have one request decided that nobody can follow; seconds that it waited."""
+    before = time.perf_counter()
+    await _ask(stub, body, request_id=None)
+    return time.perf_counter() - before
+
+
+async def _decide_and_follow(stub: ExternalProcessorStub, body: bytes) -> float:
+    """Have one request decided, and tell of its answer as Envoy's ``observe`` filter does.
+
+    Returns the seconds that it waited; telling of the answer is not among them.
+    """
+    request_id = str(uuid.uuid4())
+    before = time.perf_counter()
+    observe = stub.Process(metadata=((FILTER_KEY, "observe"),))
+    await observe.write(_headers(len(body), request_id))
+    await _ask(stub, body, request_id=request_id)
+    waited = time.perf_counter() - before
+    for message in _answer():
+        await observe.write(message)
+    await observe.read()  # end of the stream
+    return waited
+
+
 async def _measure(
-    stub: ExternalProcessorStub, bodies: Sequence[bytes], *, clients: int, requests: int
+    stub: ExternalProcessorStub,
+    bodies: Sequence[bytes],
+    ask: Callable[[ExternalProcessorStub, bytes], Awaitable[float]],
+    *,
+    clients: int,
+    requests: int,
 ) -> Timing:
     seconds: list[float] = []
 
     async def client(count: int) -> None:
         for i in range(count):
-            before = time.perf_counter()
-            await _ask(stub, bodies[i % len(bodies)], request_id=None)
-            seconds.append(time.perf_counter() - before)
+            waited = await ask(stub, bodies[i % len(bodies)])
+            seconds.append(waited)  # at once: all clients' in one list
 
     share = max(1, requests // clients)
     await client(WARM_UP)
@@ -120,6 +157,15 @@ async def _ask(stub: ExternalProcessorStub, body: bytes, *, request_id: str | No
         raise BenchError(f"the policy server refused: {answer.immediate_response.body!r}")
     await call.done_writing()
     await call.read()  # end of the stream
+
+
+def _answer() -> Iterator[ProcessingRequest]:
+    """A whole answer, as it passes ``observe``."""
+    named = {":status": "200", "content-type": "application/json"}
+    values = [HeaderValue(key=key, raw_value=value.encode()) for key, value in named.items()]
+    yield ProcessingRequest(response_headers=HttpHeaders(headers=HeaderMap(headers=values)))
+    body = orjson.dumps({"choices": [], "usage": {"completion_tokens": 100}})
+    yield ProcessingRequest(response_body=HttpBody(body=body, end_of_stream=True))
 
 
 def _headers(length: int, request_id: str | None) -> ProcessingRequest:

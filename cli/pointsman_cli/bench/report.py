@@ -62,6 +62,7 @@ def show(runs: list[dict[str, Any]], *, title: str, as_json: bool, setting: dict
 _SHOWN = {
     "decider": "decider",
     "concurrency": "clients",
+    "followed": "followed",
     "p50_ms": "p50 ms",
     "p99_ms": "p99 ms",
     "max_ms": "max ms",
@@ -76,6 +77,8 @@ def _constants(runs: list[dict[str, Any]]) -> str:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.3f}"
     return str(value)

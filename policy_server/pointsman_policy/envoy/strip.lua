@@ -8,6 +8,8 @@ local EXPLAIN_HEADERS = {
 }
 
 function envoy_on_response(handle)
+  -- For the policy server alone.
+  handle:headers():remove("x-pointsman-failed-endpoint")
   local decision = handle:streamInfo():dynamicMetadata():get("pointsman")
   if decision ~= nil and decision["explain"] == true then
     return

@@ -69,6 +69,19 @@ class TestChat:
         assert answer.usage.completion_tokens == 300
         assert answer.choices[0].finish_reason == "stop"
 
+    @pytest.mark.parametrize("stop", [" of", "d answer o", "answer of tiny"])
+    async def test_ends_before_a_text_of_stop(self, engine, stop):
+        asked = {"model": "tiny", "messages": MESSAGES, "max_tokens": 20, "stop": [stop, "none"]}
+        whole = await engine.openai.chat.completions.create(**asked)
+        text = whole.choices[0].message.content
+        assert text == "Simulated answer of tiny:".partition(stop)[0]
+        assert whole.choices[0].finish_reason == "stop"
+        stream = await engine.openai.chat.completions.create(**asked, stream=True)
+        chunks = [chunk async for chunk in stream]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        assert len(chunks) == 1 + whole.usage.completion_tokens
+
     async def test_many_at_once_are_batched(self, engine):
         answers = await asyncio.gather(
             *(

@@ -118,6 +118,27 @@ async def test_replies_of_envoy_are_observed_without_an_endpoint(site):
     assert bodies(observe)[-1].end_of_stream
 
 
+@pytest.mark.parametrize("in_time", [True, False])
+async def test_an_endpoint_that_gives_no_answer_is_named_to_observe_alone(site, in_time):
+    async def hang_up(request):
+        request.transport.abort()
+        return web.Response()
+
+    site.maths.reply = site.code.reply = hang_up
+    if not in_time:
+        site.policy.go_on.clear()
+    status, headers, _ = await site.chat()
+    assert (status, [name for name in headers if "pointsman" in name.lower()]) == (503, [])
+    observe = await site.policy.stream("observe")
+    await observe.ended.wait()
+    seen = observe.headers("response_headers")
+    assert seen["x-pointsman-failed-endpoint"] in {site.maths.address, site.code.address}
+    assert "x-pointsman-endpoint" not in seen
+    # Only of a decision that was used.
+    assert seen.get("x-pointsman-policy") == ("auto" if in_time else None)
+    site.policy.go_on.set()
+
+
 async def test_replies_of_the_policy_server_are_observed(site, toy):
     site.policy.immediate = toy.immediate(429, "{}")
     await site.chat()

@@ -12,6 +12,7 @@ from pointsman_cli.bench.report import Timing, row
 from pointsman_core.manifests import compile_manifests
 from pointsman_core.resources import Algorithm
 from pointsman_policy.decide_stream import DecideStream
+from pointsman_policy.observe_stream import ObserveStream
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
 LEAST, RANDOM = Algorithm.LEAST_LOAD, Algorithm.RANDOM
@@ -111,6 +112,25 @@ class TestExtProc:
         message.request_body.body = body
         assert stream.handle(message).WhichOneof("response") == "request_body"
         assert len(service.state) == (request_id is not None)
+
+    def test_a_followed_request_leaves_nothing_behind(self):
+        service = build_service(endpoints=2, in_flight=0, algorithms=[LEAST])
+        body = ext_proc._body(LEAST, next(site.prompts(1)))
+        decide = DecideStream(service, body_limit_bytes=10_000)
+        observe = ObserveStream(service)
+        headers = ext_proc._headers(len(body), "r1")
+        observe.handle(headers)
+        decide.handle(headers)
+        message = ext_proc.ProcessingRequest()
+        message.request_body.body = body
+        decide.handle(message)
+        assert len(service.state) == 1
+        for told in ext_proc._answer():
+            observe.handle(told)
+        assert observe.done
+        assert len(service.state) == len(service.tracker) == 0
+        counted = service.metrics.completions.collect()[0].samples
+        assert [s.labels["outcome"] for s in counted if s.name.endswith("_total")] == ["ok"]
 
 
 class TestTiming:

@@ -54,3 +54,31 @@ def test_lengths_have_the_mean_they_should():
 
 def test_shortest_answer_has_a_token():
     assert min(make_answer(str(i)).natural_tokens(1) for i in range(200)) == 1
+
+
+class TestStopped:
+    """The answer reads ``Simulated answer of tiny: …``, a token a word."""
+
+    @pytest.fixture
+    def answer(self):
+        return Answer(model="tiny", prompt="hello", seed=0)
+
+    @pytest.mark.parametrize(
+        ("stops", "want"),
+        [
+            (["answer"], (2, 10)),
+            ([" ans"], (2, 9)),
+            (["d answer o"], (3, 8)),
+            (["of", "ulat"], (1, 3)),
+            (["Simulated"], (1, 0)),
+            (["no such"], None),
+            ([], None),
+        ],
+    )
+    def test_at_the_first_text_that_is_complete(self, answer, stops, want):
+        cut = answer.stopped(20, stops)
+        assert (cut and (cut.tokens, cut.characters)) == want
+
+    def test_not_beyond_its_length_nor_before_the_least(self, answer):
+        assert answer.stopped(1, ["answer"]) is None
+        assert answer.stopped(20, [" of"], least=3) is None

@@ -61,6 +61,46 @@ class TestRequests:
         assert request.prompt_tokens == 2
 
     @pytest.mark.parametrize(
+        ("given", "want"), [(None, ()), ("a", ("a",)), (["a", "b"], ("a", "b")), ([], ())]
+    )
+    def test_stop_is_a_text_or_several(self, given, want):
+        assert chat(stop=given).stop == want
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"logprobs": True},
+            {"logprobs": 0},
+            {"top_logprobs": 2},
+            {"echo": True},
+            {"best_of": 2},
+            {"suffix": "x"},
+            {"tool_choice": "required"},
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+            {"response_format": {"type": "json_object"}},
+        ],
+        ids=repr,
+    )
+    def test_what_is_not_simulated_is_refused(self, fields):
+        with pytest.raises(APIError) as refused:
+            completion(**fields)
+        (name,) = fields
+        assert refused.value.status == HTTPStatus.BAD_REQUEST
+        assert f"Not supported by the simulated engine: {name}." in refused.value.message
+
+    def test_what_asks_for_nothing_is_taken(self):
+        chat(
+            logprobs=False,
+            top_logprobs=None,
+            echo=False,
+            best_of=1,
+            suffix="",
+            tools=[{"type": "function"}],
+            tool_choice="auto",
+            response_format={"type": "text"},
+        )
+
+    @pytest.mark.parametrize(
         ("prompt", "tokens"),
         [("abcde", 2), (["abcde"], 2), ([1, 2, 3], 3), ([[1, 2, 3]], 3)],
     )

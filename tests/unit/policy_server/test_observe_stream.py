@@ -96,6 +96,54 @@ def test_the_expert_that_really_served_is_told_by_the_headers(
     assert counted(service, "completions_total", **labels) == 1
 
 
+class TestFailures:
+    """What counts against an endpoint although it is not the one that answers."""
+
+    @pytest.fixture
+    def failed(self, service, monkeypatch):
+        addresses = []
+        monkeypatch.setattr(service, "failed", lambda address, **_: addresses.append(address))
+        return addresses
+
+    @pytest.mark.parametrize(
+        ("status", "headers", "want"),
+        [
+            ("200", {"endpoint": B, "policy": "default/auto"}, [A]),
+            ("404", {"endpoint": B, "policy": "default/auto"}, [A]),
+            ("503", {"endpoint": B, "policy": "default/auto"}, [B, A]),
+            ("503", {"endpoint": A, "policy": "default/auto"}, [A]),
+            ("503", {"failed_endpoint": B, "policy": "default/auto"}, [B, A]),
+            ("503", {"failed_endpoint": A, "policy": "default/auto"}, [A]),
+            ("504", {"failed_endpoint": A, "policy": "default/auto"}, [A]),
+            # The decision came too late, and Envoy chose.
+            ("200", {"endpoint": B}, []),
+            ("504", {"failed_endpoint": B}, [B]),
+            # No endpoint was tried.
+            ("504", {}, []),
+            ("429", {}, []),
+            ("200", {"endpoint": A, "policy": "default/auto"}, []),
+            ("429", {"endpoint": A, "policy": "default/auto"}, []),
+        ],
+    )
+    def test_are_told_by_the_answers_headers(
+        self, status, headers, want, observing, messages, failed
+    ):
+        named = {f"x_pointsman_{name}": value for name, value in headers.items()}
+        observing.handle(messages.response_headers(status=status, **named))
+        assert failed == want
+
+    def test_a_client_that_leaves_is_none(self, observing, failed):
+        observing.close()
+        assert failed == []
+
+    def test_of_what_was_not_decided_nobody_was_passed_over(self, service, messages, failed):
+        stream = ObserveStream(service)
+        stream.handle(messages.request_headers(x_request_id="r2"))
+        told = {"x_pointsman_endpoint": B, "x_pointsman_policy": "default/auto"}
+        stream.handle(messages.response_headers(**told))
+        assert failed == []
+
+
 def test_a_request_that_is_refused_leaves_nothing(service, messages):
     stream = ObserveStream(service)
     stream.handle(messages.request_headers())
