@@ -28,6 +28,7 @@ from pointsman_core.snapshot import (
     Snapshot,
     canonical_address,
     compile_snapshot,
+    snapshot_json,
 )
 from pointsman_operator.conditions import (
     FALSE,
@@ -426,7 +427,7 @@ class _Policy:
 
 def stored_bytes(snapshot: Snapshot) -> int:
     """Size of a snapshot in a ConfigMap."""
-    return len(snapshot.model_dump_json().encode())
+    return len(snapshot_json(snapshot).encode())
 
 
 def _storable(snapshot: Snapshot) -> bool:

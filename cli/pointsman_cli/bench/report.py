@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import orjson
-from rich.console import Console
+from rich import box
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from pointsman_common.wording import counted
@@ -50,10 +51,13 @@ def show(runs: list[dict[str, Any]], *, title: str, as_json: bool, setting: dict
         document = {"runs": runs, "setting": setting}
         sys.stdout.buffer.write(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
         return
-    table = Table(title=f"{title}: {_constants(runs)}")
+    # Narrow enough for 80 columns.
+    table = Table(title=f"{title}: {_constants(runs)}", box=box.SIMPLE_HEAD, show_edge=False)
+    table.padding = (0, 0)
     columns = [name for name in runs[0] if name in _SHOWN]
     for name in columns:
-        table.add_column(_SHOWN[name], justify="left" if name == "decider" else "right")
+        justify: JustifyMethod = "left" if name == "decider" else "right"
+        table.add_column(_SHOWN[name], justify=justify, no_wrap=True)
     for run in runs:
         table.add_row(*(_text(run[name]) for name in columns))
     Console(stderr=True).print(table)
@@ -66,8 +70,8 @@ _SHOWN = {
     "p50_ms": "p50 ms",
     "p99_ms": "p99 ms",
     "max_ms": "max ms",
-    "per_second": "per second",
-    "server_cpu_us": "server CPU µs",
+    "per_second": "per s",
+    "server_cpu_us": "CPU µs",
 }
 
 

@@ -150,8 +150,8 @@ async def test_taken_port_is_reported(launch):
     [
         ((), "either --manifests and --expert, or --model"),
         (("--model", "tiny", "--expert", "x"), "either --manifests and --expert, or --model"),
-        (("--manifests", "x.yaml"), "--manifests goes with --expert"),
-        (("--manifests", "x.yaml", "--expert", "x", "--peak-tflops", "1"), "goes with --expert"),
+        (("--manifests", __file__), "--manifests goes with --expert"),
+        (("--manifests", __file__, "--expert", "x", "--peak-tflops", "1"), "goes with --expert"),
         (("--manifests", "missing.yaml", "--expert", "x"), "missing.yaml"),
         (("--model", "tiny", "--peak-tflops", "-1"), "peak_tflops: Input should be greater"),
         (("--model", "tiny", "--kv-cache-gib", "0.01"), "KV cache cannot hold"),
