@@ -107,7 +107,7 @@ async def test_demo(commands):
     report = json.loads(done.stdout)
     assert set(report) == {
         *("runs", "workload", "simulated", "simulated_experts", "warnings", "note"),
-        *("model", "comparison"),
+        *("model", "comparison", "level_with_best"),
     }
     (run,) = report["runs"]
     assert (run["decider"], run["requests"], run["failed"], run["rejected"]) == ("Random", 2, 0, 0)
