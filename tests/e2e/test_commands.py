@@ -199,8 +199,11 @@ async def test_bench_ext_proc(commands):
     )
     assert (done.status, done.stderr) == (0, "")
     runs = json.loads(done.stdout)["runs"]
-    assert [(run["decider"], run["concurrency"]) for run in runs] == [
-        (algorithm, clients) for algorithm in Algorithm for clients in (1, 2)
+    assert [(run["decider"], run["concurrency"], run["followed"]) for run in runs] == [
+        (algorithm, clients, followed)
+        for algorithm in Algorithm
+        for clients in (1, 2)
+        for followed in (False, True)
     ]
     assert all(0 < run["p50_ms"] <= run["p99_ms"] and run["count"] == 20 for run in runs)
     assert commands.running() == {}
