@@ -37,10 +37,10 @@ LEAST_LIMIT_S = 1e-9
 Those of a request are seen by all that are decided while it is in flight.
 """
 
-log = structlog.get_logger(__name__)
-
-
 _NUMBER = re.compile(r"\s*(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\s*")
+"""A latency limit as clients write it."""
+
+log = structlog.get_logger(__name__)
 
 
 @record

@@ -51,9 +51,9 @@ def show(runs: list[dict[str, Any]], *, title: str, as_json: bool, setting: dict
         document = {"runs": runs, "setting": setting}
         sys.stdout.buffer.write(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
         return
+    title = f"{title}: {_constants(runs)}"
     # Narrow enough for 80 columns.
-    table = Table(title=f"{title}: {_constants(runs)}", box=box.SIMPLE_HEAD, show_edge=False)
-    table.padding = (0, 0)
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     columns = [name for name in runs[0] if name in _SHOWN]
     for name in columns:
         justify: JustifyMethod = "left" if name == "decider" else "right"
